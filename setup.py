@@ -1,0 +1,17 @@
+"""Builds the native graph (csrc/) as cache_hub.index._native; all other metadata is in pyproject.toml."""
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "cache_hub.index._native",
+            sources=["csrc/bindings.cpp", "csrc/graph_build.cpp", "csrc/graph_search.cpp"],
+            depends=["csrc/graph.h", "csrc/rows.h", "csrc/thread_pool.h"],
+            include_dirs=["csrc"],
+            cxx_std=17,
+            extra_compile_args=["-O3", "-fno-math-errno"],
+        )
+    ],
+)
