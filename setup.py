@@ -7,11 +7,11 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "cache_hub.index._native",
-            sources=["csrc/bindings.cpp", "csrc/graph_build.cpp", "csrc/graph_search.cpp"],
+            sources=["csrc/bindings.cpp", "csrc/graph_build.cpp", "csrc/graph_search.cpp", "csrc/rows.cpp"],
             depends=["csrc/graph.h", "csrc/rows.h", "csrc/thread_pool.h"],
             include_dirs=["csrc"],
             cxx_std=17,
-            extra_compile_args=["-O3", "-fno-math-errno"],
+            extra_compile_args=["-O3", "-fopenmp-simd", "-fno-math-errno", "-Wall"],
         )
     ],
 )

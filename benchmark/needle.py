@@ -1,0 +1,80 @@
+"""Needle prompts: one sentence hidden in real text or in noise, asked for at the end (RULER niah_single_1 and _2).
+
+As a program: asks COUNT such questions with depths spread evenly, through full attention and one other strategy.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TEXT = Path(__file__).parent / "text" / "alice_in_wonderland.txt"
+HAYSTACKS = ("text", "noise")
+_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_COLOURS = ("amber", "crimson", "emerald", "golden", "indigo", "ivory", "scarlet", "silver", "turquoise", "violet")
+_THINGS = ("anchor", "candle", "feather", "harbor", "lantern", "marble", "orchard", "pebble", "saddle", "violin")
+
+
+@dataclass(frozen=True)
+class NeedlePrompt:
+    """A prompt that ends in the beginning of its answer; the model is to go on with `answer`."""
+
+    text: str
+    answer: str
+    depth: float
+    haystack: str
+
+
+def needle_prompt(tokenizer: Any, tokens: int, depth: float, haystack: str = "text", seed: int = 2025) -> NeedlePrompt:
+    """The longest prompt of at most `tokens` tokens with the needle at `depth` (0 = start, 1 = end) of the haystack.
+
+    Raises ValueError for an unknown haystack, a depth outside [0, 1], or too few tokens for the question alone.
+    """
+    if haystack not in HAYSTACKS:
+        raise ValueError(f"haystack: got {haystack!r}, allowed: {', '.join(HAYSTACKS)}")
+    if not 0 <= depth <= 1:
+        raise ValueError(f"depth: got {depth}, allowed: 0 to 1")
+    rng = random.Random(f"{seed}/{depth}/{haystack}")
+    key = f"{rng.choice(_COLOURS)}-{rng.choice(_THINGS)}"
+    answer = str(rng.randint(1_000_000, 9_999_999))
+    pieces = _sentences(tokens) if haystack == "text" else [_NOISE] * (tokens // 8)
+    join = " " if haystack == "text" else "\n"
+
+    def prompt(count: int) -> str:
+        at = round(count * depth)
+        needle = f"One of the special magic numbers for {key} is: {answer}."
+        return _question(tokenizer, key, join.join([*pieces[:at], needle, *pieces[at:count]]))
+
+    def fits(count: int) -> bool:
+        return len(tokenizer(prompt(count), add_special_tokens=False).input_ids) <= tokens
+
+    if not fits(0):
+        raise ValueError(f"context_len: got room for {tokens} tokens, which the question alone exceeds")
+    low, high = 0, len(pieces)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return NeedlePrompt(prompt(low), answer, depth, haystack)
+
+
+def _sentences(tokens: int) -> list[str]:
+    text = re.sub(r"\s+", " ", TEXT.read_text(encoding="utf-8")).strip()
+    sentences = re.split(r"(?<=[.!?]) (?=[A-Z`])", text)
+    characters = sum(map(len, sentences))
+    # A token is at least one character; prose has about four.
+    return sentences * (1 + 6 * tokens // characters)
+
+
+def _question(tokenizer: Any, key: str, context: str) -> str:
+    user = (
+        "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the "
+        f"number afterwards.\n{context}\nWhat is the special magic number for {key} mentioned in the provided text?"
+    )
+    prefix = f" The special magic number for {key} mentioned in the provided text is"
+    if not getattr(tokenizer, "chat_template", None):
+        return user + prefix
+    chat = [{"role": "user", "content": user}]
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + prefix

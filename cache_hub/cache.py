@@ -1,0 +1,141 @@
+"""The protocol every strategy implements, in RetroInfer's names (cache_hub/cache.py there)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .stats import CacheStats
+
+if TYPE_CHECKING:
+    from config import RetroInferConfig
+
+
+class KV_Cache(ABC):
+    """Keeps keys and values of all layers, and decides which tokens a decode query sees.
+
+    Model-side tensors are [batch, seq, heads, head_dim], keys already rotated; stores are
+    [batch, kv_heads, seq, head_dim]. Order of calls: for every layer prefill_update_kv_cache, dense attention, sync;
+    then prepare_cache once; then per step and layer decode_update_kv_cache, compute.
+
+    valid_start [batch]: left-padding tokens of each sequence in the prefill tensors (None: none). max_length: longest
+    prompt + max_new_length. layer_mapping: {str(layer): device}, where the layer computes (default: CPU). num_gpus and
+    model_size are taken because RetroInfer's callers pass them; nothing depends on them.
+    """
+
+    def __init__(
+        self,
+        *,
+        layer_num: int,
+        batch_size: int,
+        max_length: int,
+        num_key_value_heads: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        max_new_length: int,
+        valid_start: Sequence[int] | np.ndarray | None = None,
+        layer_mapping: Mapping[str, str] | None = None,
+        prefill_bsz: int = 1,
+        num_gpus: int = 0,
+        model_size: float = 0,
+    ) -> None:
+        if num_heads % num_key_value_heads:
+            raise ValueError(f"num_heads: got {num_heads}, allowed: a multiple of {num_key_value_heads} kv heads")
+        if max_length <= max_new_length:
+            raise ValueError(f"max_length: got {max_length}, allowed: more than max_new_length = {max_new_length}")
+        self.layer_num = layer_num
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.max_new_length = max_new_length
+        self.kv_head = num_key_value_heads
+        self.num_heads = num_heads
+        self.group_size = num_heads // num_key_value_heads
+        self.head_dim = head_dim
+        self.dtype = dtype
+        self.prefill_bsz = min(prefill_bsz, batch_size)
+        self.valid_start = [0] * batch_size if valid_start is None else [int(s) for s in valid_start]
+        self.prompt_lengths = [0] * batch_size
+        self.generated = [0] * layer_num
+        mapping = layer_mapping or {}
+        self.devices = [torch.device(mapping.get(str(layer), "cpu")) for layer in range(layer_num)]
+        self.stats = CacheStats()
+
+    @classmethod
+    def options(cls, settings: RetroInferConfig) -> dict[str, Any]:
+        """The constructor keywords beyond the common ones that this strategy takes from the configuration."""
+        return {}
+
+    def prefill_update_kv_cache(
+        self, query_states: Tensor, key_states: Tensor, value_states: Tensor, layer_idx: int, start_bdx: int
+    ) -> tuple[Tensor, Tensor]:
+        """Takes one layer's prompt states of the sequences from start_bdx on.
+
+        query_states [b, L, H, D], key_states and value_states [b, L, Hkv, D]. Returns keys and values without padding,
+        for the layer's dense attention. Raises ValueError where sequences of one call are padded differently or a
+        state is NaN or infinite (naming layer and position).
+        """
+        pads = set(self.valid_start[start_bdx : start_bdx + len(key_states)])
+        if len(pads) != 1:
+            raise ValueError(f"valid_start: got {sorted(pads)} in one prefill call, allowed: one value")
+        start = pads.pop()
+        q, k, v = (states[:, start:] for states in (query_states, key_states, value_states))
+        if k.shape[1] > self.max_length - self.max_new_length:
+            raise ValueError(
+                f"prompt: got {k.shape[1]} tokens, allowed: at most {self.max_length - self.max_new_length} "
+                f"(max_length {self.max_length} - max_new_length {self.max_new_length})"
+            )
+        for name, states in (("query", q), ("key", k)):
+            check_finite(states, name, layer_idx, start_bdx)
+        self.prompt_lengths[start_bdx : start_bdx + len(k)] = [k.shape[1]] * len(k)
+        self.store_prompt(q, k, v, layer_idx, start_bdx)
+        return k, v
+
+    @abstractmethod
+    def store_prompt(self, q: Tensor, k: Tensor, v: Tensor, layer_idx: int, start_bdx: int) -> None:
+        """Stores one layer's prompt states, free of padding and checked; layouts as in prefill_update_kv_cache."""
+
+    def sync(self, layer_idx: int, start_bdx: int) -> None:  # noqa: B027
+        """Called after the layer's dense attention: waits for copies, builds what the layer needs."""
+
+    def prepare_cache(self) -> None:  # noqa: B027
+        """Called once after prefill."""
+
+    @abstractmethod
+    def decode_update_kv_cache(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
+        """Appends one token's states [B, 1, Hkv, D] of every sequence."""
+
+    @abstractmethod
+    def compute(self, query_states: Tensor, layer_idx: int) -> Tensor:
+        """Attention of query_states [B, 1, H, D] over the tokens this strategy selects -> [B, 1, H, D]."""
+
+    @property
+    @abstractmethod
+    def kv_bytes(self) -> int:
+        """Bytes of the keys and values held, at the store's type."""
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of everything the strategy adds to the keys and values."""
+        return 0
+
+    def context_lengths(self, layer_idx: int) -> list[int]:
+        """Tokens of every sequence that the layer holds now."""
+        return [length + self.generated[layer_idx] for length in self.prompt_lengths]
+
+
+def check_finite(states: Tensor, name: str, layer_idx: int, start_bdx: int) -> None:
+    """Raises ValueError naming layer, sequence, position and head of the first NaN or infinity in [b, L, heads, D]."""
+    if torch.isfinite(states).all():
+        return
+    b, position, head, _ = (~torch.isfinite(states)).nonzero()[0].tolist()
+    value = states[b, position, head][~torch.isfinite(states[b, position, head])][0].item()
+    raise ValueError(
+        f"{name}_states: got {value} in layer {layer_idx}, sequence {start_bdx + b}, position {position}, head {head}, "
+        "allowed: finite values"
+    )

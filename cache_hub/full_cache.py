@@ -1,0 +1,51 @@
+"""Full attention: every token, in the memory of the device that computes the layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_hub import WeightedPart, weighted_decode_attention
+
+from .cache import KV_Cache
+
+
+class FullCache(KV_Cache):
+    """Keeps [B, Hkv, max_length, D] per layer on the layer's device and attends to all of it."""
+
+    def __init__(self, **common: Any) -> None:
+        super().__init__(**common)
+        shape = (self.batch_size, self.kv_head, self.max_length, self.head_dim)
+        self._keys = [torch.empty(shape, dtype=self.dtype, device=device) for device in self.devices]
+        self._values = [torch.empty(shape, dtype=self.dtype, device=device) for device in self.devices]
+        self._lengths = [
+            torch.zeros(self.batch_size, self.kv_head, dtype=torch.int32, device=device) for device in self.devices
+        ]
+
+    def store_prompt(self, q: Tensor, k: Tensor, v: Tensor, layer_idx: int, start_bdx: int) -> None:
+        rows, length = slice(start_bdx, start_bdx + len(k)), k.shape[1]
+        self._keys[layer_idx][rows, :, :length] = k.transpose(1, 2)
+        self._values[layer_idx][rows, :, :length] = v.transpose(1, 2)
+        self._lengths[layer_idx][rows] = length
+
+    def decode_update_kv_cache(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
+        for b, length in enumerate(self.context_lengths(layer_idx)):
+            self._keys[layer_idx][b, :, length] = key_states[b, 0]
+            self._values[layer_idx][b, :, length] = value_states[b, 0]
+        self._lengths[layer_idx] += 1
+        self.generated[layer_idx] += 1
+
+    def compute(self, query_states: Tensor, layer_idx: int) -> Tensor:
+        tokens = self.kv_head * sum(self.context_lengths(layer_idx))
+        self.stats.attended += tokens
+        self.stats.attended_of += tokens
+        part = WeightedPart(self._keys[layer_idx], self._values[layer_idx], None, None, self._lengths[layer_idx])
+        with self.stats.timed("attention"):
+            return weighted_decode_attention(query_states, [part])
+
+    @property
+    def kv_bytes(self) -> int:
+        tokens = sum(self.context_lengths(self.layer_num - 1))
+        return 2 * self.layer_num * tokens * self.kv_head * self.head_dim * self.dtype.itemsize

@@ -1,0 +1,33 @@
+"""The attention-aware graph strategy (RetrievalAttention, section 3.2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from config import GraphConfig
+
+from .index import TokenIndex, make_index
+from .retrieval_cache import TokenIndexCache
+
+if TYPE_CHECKING:
+    from config import RetroInferConfig
+
+
+class AttentionAwareGraphCache(TokenIndexCache):
+    """Retrieves tokens through one graph per kv head, built at prefill from the prompt's own queries.
+
+    Takes the knobs of config.GraphConfig as keywords beside those of TokenIndexCache. A prompt with no more than
+    key_degree tokens to index is attended in full: a graph over them would be complete.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        knobs = {name: options.pop(name) for name in GraphConfig.model_fields if name in options}
+        self.graph = GraphConfig(**knobs)
+        super().__init__(top_k=self.graph.top_k, min_indexed=self.graph.key_degree, **options)
+
+    @classmethod
+    def options(cls, settings: RetroInferConfig) -> dict[str, Any]:
+        return {**super().options(settings), **settings.attention_aware_graph.model_dump()}
+
+    def new_index(self) -> TokenIndex:
+        return make_index("attention_aware_graph", num_threads=self.num_threads, **self.graph.model_dump())

@@ -1,0 +1,78 @@
+"""The one interface of every token index: which keys does a query want most?"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class SearchResult:
+    """Keys found for every query head.
+
+    ids: [R, g, k] int32, best first, -1 pads. scores: [R, g, k] float32 inner products (-inf where padded).
+    keys_scored: [R, g] int64, every inner product with a key or centroid that the search computed.
+    """
+
+    ids: Tensor
+    scores: Tensor
+    keys_scored: Tensor
+
+
+class TokenIndex(ABC):
+    """Index over the rows R = batch * kv_heads of one layer; g query heads share a row's keys."""
+
+    build_seconds: dict[str, float]  # seconds of the last build by stage
+
+    @abstractmethod
+    def build(self, keys: Tensor, queries: Tensor, positions: Tensor | None = None) -> None:
+        """Indexes keys [R, N, D]; the index refers to them, so they must outlive it and must not change.
+
+        queries [R, g, M, D] are the prompt's own, positions [M] int64 in non-decreasing order: query m sees the keys
+        0..positions[m] (negative: none). None: every query sees all. Raises ValueError for shapes that do not fit.
+        """
+
+    @abstractmethod
+    def search(self, queries: Tensor, k: int) -> SearchResult:
+        """The k keys of largest inner product with each of queries [R, g, D], as well as the index finds them."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes the index adds to the KV store: adjacency, entry points and any copy of the keys."""
+
+
+def check_build(keys: Tensor, queries: Tensor, positions: Tensor | None) -> None:
+    """Raises ValueError unless keys [R, N, D], queries [R, g, M, D] and positions [M] fit together."""
+    if keys.dim() != 3 or keys.shape[1] == 0:
+        raise ValueError(f"keys: got shape {tuple(keys.shape)}, allowed: [R, N, D] with N >= 1")
+    if queries.dim() != 4 or (queries.shape[0], queries.shape[3]) != (keys.shape[0], keys.shape[2]):
+        raise ValueError(
+            f"queries: got shape {tuple(queries.shape)}, allowed: [R, g, M, D] with R, D of keys {tuple(keys.shape)}"
+        )
+    if positions is None:
+        return
+    if positions.shape != (queries.shape[2],):
+        raise ValueError(f"positions: got shape {tuple(positions.shape)}, allowed: [{queries.shape[2]}]")
+    if bool((positions.diff() < 0).any()):
+        raise ValueError("positions: got a decreasing sequence, allowed: non-decreasing positions")
+
+
+def check_search(queries: Tensor, k: int, rows: int, dim: int) -> None:
+    """Raises ValueError unless queries are [rows, g, dim] and k is positive."""
+    if queries.dim() != 3 or (queries.shape[0], queries.shape[2]) != (rows, dim):
+        raise ValueError(f"queries: got shape {tuple(queries.shape)}, allowed: [{rows}, g, {dim}]")
+    if k < 1:
+        raise ValueError(f"k: got {k}, allowed: >= 1")
+
+
+def pad_topk(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Widens the last dimension to k with -inf and -1."""
+    missing = k - scores.shape[-1]
+    if missing <= 0:
+        return scores, ids
+    pad = torch.nn.functional.pad
+    return pad(scores, (0, missing), value=float("-inf")), pad(ids, (0, missing), value=-1)

@@ -1,0 +1,122 @@
+"""Attention-aware graph: RetrievalAttention section 3.2 with RoarGraph's projection, over the keys of a kv head."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from config import GraphConfig
+
+from . import _native
+from .base import SearchResult, TokenIndex, check_build, check_search
+from .knn import causal_knn, key_knn
+
+_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def as_key_store(keys: Tensor) -> _native.KeyStore:
+    """A native view of keys [R, N, D] on the CPU; their last dimension must be contiguous. Copies nothing."""
+    if keys.device.type != "cpu" or keys.dtype not in _DTYPE_CODES or keys.stride(2) != 1:
+        raise ValueError(
+            f"keys: got {keys.dtype} on {keys.device} with strides {keys.stride()}, allowed: float32, float16 or "
+            "bfloat16 in CPU memory with contiguous rows"
+        )
+    return _native.KeyStore(keys.data_ptr(), _DTYPE_CODES[keys.dtype], *keys.shape, keys.stride(0), keys.stride(1))
+
+
+class AttentionAwareGraphIndex(TokenIndex):
+    """One graph per kv head, built from the exact causal neighbour lists of all its query heads.
+
+    A key's links: up to key_degree - key_links projected from queries (keys that the same queries want), the rest the
+    nearest keys by mean-centred cosine. The graph holds ids; search reads the KV store, or one compact copy where
+    index_dtype differs from the store's dtype. Options are those of config.GraphConfig.
+
+    After build: adjacency [R, N, key_degree] int32 (-1 pads), entries [R, num_entries] int32, repaired_keys (how many
+    had to be linked to become reachable) and build_seconds by stage.
+    """
+
+    def __init__(self, num_threads: int | None = None, **options: object) -> None:
+        self.options = GraphConfig(**options)
+        self.num_threads = num_threads or torch.get_num_threads()
+        self.build_seconds = {}
+
+    def build(self, keys: Tensor, queries: Tensor, positions: Tensor | None = None) -> None:
+        """See TokenIndex.build. keys in CPU memory; queries on any device, which also computes the neighbour lists."""
+        check_build(keys, queries, positions)
+        o = self.options
+        rows, n, _ = keys.shape
+        group, m = queries.shape[1:3]
+        clock = _StageClock(self.build_seconds)
+        by_query = causal_knn(keys, queries, positions, o.q_knn, o.graph_build_batch, o.knn_backend)
+        clock.stage("query_key_knn")
+        wanted = o.key_degree if o.key_links else 0
+        by_key = key_knn(keys.to(queries.device), wanted, o.graph_build_batch, o.knn_backend)
+        clock.stage("key_key_knn")
+
+        dtype = keys.dtype if o.index_dtype == "auto" else getattr(torch, o.index_dtype)
+        self.keys = keys.to(dtype)
+        self._copied = self.keys is not keys
+        self._store = as_key_store(self.keys)
+        self.adjacency = torch.empty(rows, n, o.key_degree, dtype=torch.int32)
+        self.entries = torch.empty(rows, o.num_entries, dtype=torch.int32)
+        self.repaired_keys = _native.build(
+            as_key_store(keys),
+            by_query.data_ptr(),
+            group * m,
+            o.q_knn,
+            by_key.data_ptr(),
+            by_key.shape[2],
+            o.key_degree,
+            o.key_degree - o.key_links,
+            o.num_entries,
+            self.num_threads,
+            self.adjacency.data_ptr(),
+            self.entries.data_ptr(),
+        )
+        clock.stage("projection")
+
+    def search(self, queries: Tensor, k: int) -> SearchResult:
+        """Best-first search from the entries with a beam of max(ef_search, k); see TokenIndex.search."""
+        rows, _, dim = self.keys.shape
+        check_search(queries, k, rows, dim)
+        group = queries.shape[1]
+        asked = queries.to("cpu", torch.float32).contiguous()
+        ids = torch.empty(rows, group, k, dtype=torch.int32)
+        scores = torch.empty(rows, group, k)
+        keys_scored = torch.empty(rows, group, dtype=torch.int64)
+        _native.search(
+            self._store,
+            self.adjacency.data_ptr(),
+            self.options.key_degree,
+            self.entries.data_ptr(),
+            self.options.num_entries,
+            asked.data_ptr(),
+            group,
+            k,
+            self.options.ef_search,
+            self.num_threads,
+            ids.data_ptr(),
+            scores.data_ptr(),
+            keys_scored.data_ptr(),
+        )
+        return SearchResult(ids, scores, keys_scored)
+
+    @property
+    def nbytes(self) -> int:
+        held = [self.adjacency, self.entries] + ([self.keys] if self._copied else [])
+        return sum(t.numel() * t.element_size() for t in held)
+
+
+class _StageClock:
+    """Writes the seconds since the stage before into a dict."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+        self._last = time.perf_counter()
+
+    def stage(self, name: str) -> None:
+        now = time.perf_counter()
+        self._seconds[name] = now - self._last
+        self._last = now

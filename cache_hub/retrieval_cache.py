@@ -1,0 +1,247 @@
+"""Static tokens attended exactly, all others retrieved through a token index (RetrievalAttention, section 3.2)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attn_hub import WeightedPart, weighted_decode_attention
+
+from .cache import KV_Cache
+from .index import TokenIndex
+from .index.knn import exact_topk
+from .stats import Agreement
+
+if TYPE_CHECKING:
+    from config import RetroInferConfig
+
+
+@dataclass
+class _Indexed:
+    """The index of the sequences of one prefill call; their rows are sequence-major: [count * Hkv]."""
+
+    start: int
+    count: int
+    index: TokenIndex
+
+
+class TokenIndexCache(KV_Cache):
+    """Keys and values of the prompt in CPU memory (pinned beside a GPU), static tokens where the layer computes.
+
+    Static: the first `static_pattern_start` tokens, the last `static_pattern_end` of the prompt and all generated ones.
+    Between them lie the indexed tokens: per query head the index finds top_k, and the g query heads of a kv head attend
+    to the union of what they found. A prompt with at most `min_indexed` tokens between is attended in full, which
+    `stats.notes` says. `core`: CPU threads of the index beside a GPU. With diagnose=True every step is compared with an exact scan (`stats.agreement`), slowly.
+    """
+
+    def __init__(
+        self,
+        *,
+        static_pattern_start: int = 4,
+        static_pattern_end: int = 64,
+        core: int | None = None,
+        top_k: int = 100,
+        min_indexed: int = 0,
+        diagnose: bool = False,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        if top_k < 1:
+            raise ValueError(f"top_k: got {top_k}, allowed: >= 1")
+        if static_pattern_start < 0 or static_pattern_end < 1:
+            raise ValueError(
+                f"static_pattern_start, static_pattern_end: got {static_pattern_start}, {static_pattern_end}, allowed: "
+                ">= 0, >= 1"
+            )
+        self.sinks, self.window, self.top_k, self.min_indexed = (
+            static_pattern_start,
+            static_pattern_end,
+            top_k,
+            min_indexed,
+        )
+        # Without a GPU the main thread computes too: torch's own thread count is the right one then.
+        self.num_threads = core if self.devices[0].type == "cuda" else None
+        self._groups: list[list[_Indexed]] = [[] for _ in self.devices]
+        self._pending: Tensor | None = None
+        self._allocate()
+        if diagnose:
+            self.stats.agreement = Agreement.zeros(self.layer_num, self.num_heads)
+
+    @classmethod
+    def options(cls, settings: RetroInferConfig) -> dict[str, Any]:
+        return {
+            "static_pattern_start": settings.static_pattern_start,
+            "static_pattern_end": settings.static_pattern_end,
+            "core": settings.core,
+            "top_k": settings.attention_aware_graph.top_k,
+        }
+
+    @abstractmethod
+    def new_index(self) -> TokenIndex:
+        """An empty index for the sequences of one prefill call and one layer."""
+
+    def _allocate(self) -> None:
+        prompt = self.max_length - self.max_new_length
+        static = min(self.sinks + self.window + self.min_indexed, prompt) + self.max_new_length
+        rows = (self.batch_size, self.kv_head)
+        self._keys, self._values, self._static_keys, self._static_values, self._static_lengths = [], [], [], [], []
+        for device in self.devices:
+            pinned = device.type == "cuda"
+            for prompt_store in (self._keys, self._values):
+                store = torch.empty(*rows, prompt, self.head_dim, dtype=self.dtype, pin_memory=pinned)
+                prompt_store.append(store)
+            for static_store in (self._static_keys, self._static_values):
+                static_store.append(torch.empty(*rows, static, self.head_dim, dtype=self.dtype, device=device))
+            self._static_lengths.append(torch.zeros(rows, dtype=torch.int32, device=device))
+
+    def indexed_range(self, length: int) -> range:
+        """Positions of a prompt of `length` tokens that are indexed; empty where it is attended in full."""
+        middle = range(self.sinks, length - self.window)
+        return middle if len(middle) > self.min_indexed else range(0)
+
+    def store_prompt(self, q: Tensor, k: Tensor, v: Tensor, layer_idx: int, start_bdx: int) -> None:
+        rows, length = slice(start_bdx, start_bdx + len(k)), k.shape[1]
+        indexed = self.indexed_range(length)
+        with self.stats.timed("store"):
+            for states, store, static in (
+                (k, self._keys[layer_idx], self._static_keys[layer_idx]),
+                (v, self._values[layer_idx], self._static_values[layer_idx]),
+            ):
+                states = states.transpose(1, 2)
+                store[rows, :, :length] = states
+                if indexed:
+                    static[rows, :, : self.sinks] = states[:, :, : self.sinks]
+                    static[rows, :, self.sinks : self.sinks + self.window] = states[:, :, -self.window :]
+                else:
+                    static[rows, :, :length] = states
+            self._static_lengths[layer_idx][rows] = length - len(indexed)
+        if indexed:
+            self._pending = q
+        else:
+            self.stats.note(
+                f"{length} tokens are attended in full: {self.sinks} + {self.window} are static and at most "
+                f"{self.min_indexed} others are too few to index"
+            )
+
+    def sync(self, layer_idx: int, start_bdx: int) -> None:
+        """Builds the layer's index over the sequences stored last; nothing is kept of their queries."""
+        if self._pending is None:
+            return
+        q, self._pending = self._pending, None
+        count, length = q.shape[:2]
+        indexed = self.indexed_range(length)
+        rows = count * self.kv_head
+        # [count, L, Hkv * g, D] -> [count * Hkv, g, L, D]
+        queries = q.unflatten(2, (self.kv_head, self.group_size)).permute(0, 2, 3, 1, 4)
+        keys = self._keys[layer_idx][start_bdx : start_bdx + count, :, indexed.start : indexed.stop].flatten(0, 1)
+        positions = torch.arange(length, device=q.device) - indexed.start
+        index = self.new_index()
+        with self.stats.timed("build"):
+            index.build(keys, queries.reshape(rows, self.group_size, length, self.head_dim), positions)
+        for stage, seconds in index.build_seconds.items():
+            self.stats.seconds[stage] += seconds
+        self._groups[layer_idx].append(_Indexed(start_bdx, count, index))
+
+    def decode_update_kv_cache(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
+        step = self.generated[layer_idx]
+        for b, length in enumerate(self.prompt_lengths):
+            at = length - len(self.indexed_range(length)) + step
+            self._static_keys[layer_idx][b, :, at] = key_states[b, 0]
+            self._static_values[layer_idx][b, :, at] = value_states[b, 0]
+        self._static_lengths[layer_idx] += 1
+        self.generated[layer_idx] += 1
+
+    def compute(self, query_states: Tensor, layer_idx: int) -> Tensor:
+        parts = [
+            WeightedPart(
+                self._static_keys[layer_idx],
+                self._static_values[layer_idx],
+                None,
+                None,
+                self._static_lengths[layer_idx],
+            )
+        ]
+        if self._groups[layer_idx]:
+            with self.stats.timed("search"):
+                ids = self._retrieve(query_states, layer_idx)
+            parts.append(WeightedPart(self._keys[layer_idx], self._values[layer_idx], ids, None, None))
+        self._count_tokens(layer_idx)
+        with self.stats.timed("attention"):
+            return weighted_decode_attention(query_states, parts)
+
+    def _retrieve(self, query_states: Tensor, layer_idx: int) -> Tensor:
+        """Positions to attend to, [B, Hkv, g * top_k] int32 on the query's device, -1 pads."""
+        # [B, 1, Hkv * g, D] -> [B * Hkv, g, D]
+        queries = query_states.reshape(-1, self.group_size, self.head_dim)
+        width = self.group_size * self.top_k
+        ids = torch.full((self.batch_size, self.kv_head, width), -1, dtype=torch.int32)
+        for group in self._groups[layer_idx]:
+            rows = slice(group.start * self.kv_head, (group.start + group.count) * self.kv_head)
+            found = group.index.search(queries[rows], self.top_k)
+            united = unite(found.ids).cpu()
+            attended = int((united >= 0).sum())
+            united[united >= 0] += self.sinks
+            ids[group.start : group.start + group.count] = united.view(group.count, self.kv_head, width)
+            self.stats.scored += int(found.keys_scored.sum())
+            self.stats.attended += attended
+            self.stats.bytes_moved += 2 * attended * self.head_dim * self.dtype.itemsize
+            if self.stats.agreement is not None:
+                self._compare(query_states, found.ids, united, layer_idx, group)
+        return ids.to(query_states.device, non_blocking=True)
+
+    def _count_tokens(self, layer_idx: int) -> None:
+        step = self.generated[layer_idx]
+        static = sum(length - len(self.indexed_range(length)) + step for length in self.prompt_lengths)
+        context = sum(self.context_lengths(layer_idx))
+        self.stats.attended += static * self.kv_head
+        self.stats.attended_of += context * self.kv_head
+        self.stats.scored_of += context * self.num_heads
+
+    def _compare(self, query_states: Tensor, found: Tensor, united: Tensor, layer_idx: int, group: _Indexed) -> None:
+        """Adds recall and attention mass of one step to stats.agreement, by an exact scan of the group's keys."""
+        assert self.stats.agreement is not None
+        sequences = slice(group.start, group.start + group.count)
+        length = self.prompt_lengths[group.start]
+        indexed = self.indexed_range(length)
+        static_count = length - len(indexed) + self.generated[layer_idx]
+        queries = query_states[sequences].reshape(-1, self.group_size, self.head_dim).cpu().float()
+        keys = self._keys[layer_idx][sequences, :, indexed.start : indexed.stop].flatten(0, 1)
+        static = self._static_keys[layer_idx][sequences, :, :static_count].flatten(0, 1).cpu()
+        exact = exact_topk(keys, queries, min(self.top_k, len(indexed)))[1]
+        hits = (exact[..., :, None] == found.cpu()[..., None, :]).any(-1).float().mean(-1)
+
+        logits = queries @ torch.cat((keys, static), 1).float().transpose(1, 2) / self.head_dim**0.5
+        weights = logits.softmax(-1)
+        static_mass = weights[..., len(indexed) :].sum(-1)
+
+        def mass(ids: Tensor) -> Tensor:
+            # ids [R, T] shared by the group, -1 masked -> [R, g]
+            at = ids.clamp(min=0).long()[:, None].expand(-1, self.group_size, -1)
+            return static_mass + (weights.gather(2, at) * (ids >= 0)[:, None]).sum(-1)
+
+        attended = torch.where(united >= 0, united - indexed.start, united)
+        per_sequence = lambda table: table.reshape(group.count, self.num_heads)  # noqa: E731
+        self.stats.agreement.add(
+            layer_idx, per_sequence(hits), per_sequence(mass(attended)), per_sequence(mass(unite(exact)))
+        )
+
+    @property
+    def kv_bytes(self) -> int:
+        tokens = sum(self.context_lengths(self.layer_num - 1))
+        return 2 * self.layer_num * tokens * self.kv_head * self.head_dim * self.dtype.itemsize
+
+    @property
+    def index_bytes(self) -> int:
+        """Indexes, and the copies of static tokens that stand in the prompt's store too."""
+        return sum(group.index.nbytes for groups in self._groups for group in groups)
+
+
+def unite(ids: Tensor) -> Tensor:
+    """Union over the group of ids [R, g, k] -> [R, g * k] ascending, repeated ids replaced by -1."""
+    flat = ids.flatten(1).sort(dim=1).values
+    flat[:, 1:].masked_fill_(flat[:, 1:] == flat[:, :-1], -1)
+    return flat

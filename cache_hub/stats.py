@@ -1,0 +1,82 @@
+"""What a cache did: tokens attended, keys scored, bytes moved, seconds by stage, and recall and mass when asked for."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Agreement:
+    """Sums over decode steps of how well retrieval agreed with an exact scan, for each layer and query head.
+
+    recall: |found and exact top-k| / k, over the indexed keys. mass: softmax mass of the tokens attended to, the static
+    ones included. exact_mass: the same, had the exact top-k been retrieved. All [layers, heads] float64 sums; steps
+    [layers] int64 counts sequences x steps.
+    """
+
+    recall: Tensor
+    mass: Tensor
+    exact_mass: Tensor
+    steps: Tensor
+
+    @classmethod
+    def zeros(cls, layers: int, heads: int) -> Agreement:
+        table = lambda: torch.zeros(layers, heads, dtype=torch.float64)  # noqa: E731
+        return cls(table(), table(), table(), torch.zeros(layers, dtype=torch.int64))
+
+    def add(self, layer: int, recall: Tensor, mass: Tensor, exact_mass: Tensor) -> None:
+        """Adds one step of one layer; every tensor [sequences, heads]."""
+        self.recall[layer] += recall.double().sum(0).cpu()
+        self.mass[layer] += mass.double().sum(0).cpu()
+        self.exact_mass[layer] += exact_mass.double().sum(0).cpu()
+        self.steps[layer] += len(recall)
+
+    def mean(self, table: Tensor) -> Tensor:
+        """[layers, heads] means of one of the sums."""
+        return table / self.steps.clamp(min=1)[:, None]
+
+
+@dataclass
+class CacheStats:
+    """Totals since the cache was made; shares are of the tokens in the cache at that step.
+
+    Sums run over decode steps, layers, sequences and kv heads (tokens attended) or query heads (keys scored).
+    """
+
+    attended: int = 0
+    attended_of: int = 0
+    scored: int = 0
+    scored_of: int = 0
+    bytes_moved: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    notes: list[str] = field(default_factory=list)
+    agreement: Agreement | None = None
+
+    @property
+    def attended_share(self) -> float:
+        """Tokens attended to per kv head and step as a share of the context; 1 before the first step."""
+        return self.attended / self.attended_of if self.attended_of else 1.0
+
+    @property
+    def scored_share(self) -> float:
+        """Keys and centroids scored by the search per query head and step as a share of the context."""
+        return self.scored / self.scored_of if self.scored_of else 0.0
+
+    def note(self, text: str) -> None:
+        """Keeps a remark once, however many layers make it."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the wall seconds of the block to a stage; on a GPU, of what the CPU waited for."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - begin

@@ -1,0 +1,19 @@
+"""Configuration of models and strategies: one JSON file per model, typed and validated, and the command line flags."""
+
+from config.cli import add_config_args, config_from_args
+from config.config import generate_config, load_config
+from config.schema import ATTENTION_TYPES, RETRIEVAL_STRATEGIES, GraphConfig, RetroInferConfig, resolve_strategy
+from config.section import ConfigError
+
+__all__ = [
+    "ATTENTION_TYPES",
+    "RETRIEVAL_STRATEGIES",
+    "ConfigError",
+    "GraphConfig",
+    "RetroInferConfig",
+    "add_config_args",
+    "config_from_args",
+    "generate_config",
+    "load_config",
+    "resolve_strategy",
+]

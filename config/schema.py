@@ -1,0 +1,152 @@
+"""The typed configuration: every key, its default with the reason for it, and what it accepts."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from config.section import ConfigError, Section
+
+RetrievalStrategy = Literal["full", "flat", "attention_aware_graph"]
+RETRIEVAL_STRATEGIES: tuple[str, ...] = get_args(RetrievalStrategy)
+ATTENTION_TYPES: tuple[str, ...] = ("Full_Flash_Attn", "RetroInfer")
+
+
+class GraphConfig(Section):
+    """Section `attention_aware_graph`: how the graph over the prompt's keys is built and searched.
+
+    Sources: RetrievalAttention, section 3.2; RoarGraph (projection of query-to-key links). Counts are keys or links;
+    search sizes are per query head, the degree is per key.
+    """
+
+    q_knn: int = Field(
+        default=32,
+        ge=2,
+        description="nearest keys listed for each prompt query at build; the first is the pivot, so 1 gives no link. "
+        "32 with a wide beam found more than 100 with twice the degree, at a third of the memory",
+    )
+    key_degree: int = Field(
+        default=32,
+        ge=2,
+        description="most links that leave a key, query links and key links together. 32 ids are 128 bytes, a quarter "
+        "of a key's bfloat16 KV at head dimension 128",
+    )
+    key_links: int = Field(
+        default=16,
+        ge=0,
+        description="links of key_degree that go to the nearest keys by mean-centred cosine; 0 is RetrievalAttention's "
+        "recipe, which leaves keys unreachable. Half was the even choice over concentrated and diffuse heads",
+    )
+    ef_search: int = Field(
+        default=160,
+        ge=1,
+        description="beam width of the search, raised to top_k where smaller. From about 160 on recall@100 grows "
+        "slower than the number of keys scored",
+    )
+    top_k: int = Field(
+        default=100,
+        ge=1,
+        description="keys retrieved per query head, at most the context length. 100 is RetrievalAttention's choice",
+    )
+    index_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        default="bfloat16",
+        description="type of the keys that search reads. bfloat16 is how most models keep K and V, which needs no "
+        "copy; any other type than the store's makes one. auto is the store's, whatever it is",
+    )
+    graph_build_batch: int = Field(
+        default=4096,
+        ge=1,
+        description="prompt queries per block of the exact neighbour search. 4096 float32 score rows over 131,072 keys "
+        "are 2 GiB, the bound on what a block needs",
+    )
+    knn_backend: Literal["auto", "faiss", "torch"] = Field(
+        default="auto",
+        description="what runs the exact neighbour search. auto takes torch where the keys are on a GPU, which "
+        "faiss-cpu cannot read, and faiss elsewhere",
+    )
+    estimation: Literal["none"] = Field(
+        default="none",
+        description="how the tokens that are not retrieved are estimated. none drops them: no other way is implemented",
+    )
+    num_entries: int = Field(
+        default=64,
+        ge=1,
+        description="keys where each search starts. Several, because one entry point may be cut off from whole "
+        "regions; 64 are few beside the thousand keys and more that a search scores",
+    )
+
+    @field_validator("key_links")
+    @classmethod
+    def _within_degree(cls, key_links: int, info: ValidationInfo) -> int:
+        degree = info.data.get("key_degree")
+        if degree is not None and key_links > degree:
+            raise PydanticCustomError("key_links", "above key_degree", {"allowed": f"0 to {degree} (key_degree)"})
+        return key_links
+
+
+class RetroInferConfig(Section):
+    """Section `RetroInfer`: RetroInfer's keys with the values of its files, the strategy, and the strategy's section.
+
+    The keys of the wave index (n_centroids to gpu_only) are carried and checked, but read by no strategy of
+    `RETRIEVAL_STRATEGIES`.
+    """
+
+    static_pattern_start: int = Field(
+        default=4, ge=0, description="first tokens, attended exactly and never indexed (sinks)"
+    )
+    static_pattern_end: int = Field(
+        default=64, ge=1, description="last tokens, attended exactly and never indexed (window)"
+    )
+    core: int = Field(default=22, ge=1, description="CPU threads of build and search beside a GPU")
+    n_centroids: int = Field(default=8192, ge=1, description="clusters per kv head: one for 16 tokens, here of 131,072")
+    n_segment: int = Field(
+        default=16, ge=1, description="segments clustered on their own: one for 8192 tokens, here of 131,072"
+    )
+    pages_per_cluster: int = Field(default=2, ge=1, description="pages of 8 tokens that an average cluster fills")
+    retrieval_budget: float = Field(default=0.018, ge=0, le=1, description="share of the clusters attended exactly")
+    estimation_budget: float = Field(
+        default=0.232, ge=0, le=1, description="share of the clusters estimated by centroids"
+    )
+    cache_ratio: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of the clusters held on the GPU; 0 means three times the retrieved ones",
+    )
+    buffer_cluster_num: int = Field(default=32, ge=1, description="clusters that the execution buffer holds at least")
+    use_cuda_graph: bool = Field(default=False, description="replay decoding as CUDA graphs")
+    gpu_only: bool = Field(default=False, description="keep the whole KV store on the GPU")
+    retrieval_strategy: RetrievalStrategy = Field(
+        description="which tokens a decoding query attends to; without this key wave_index, RetroInfer's own method, "
+        "would be meant, which is not implemented in this version"
+    )
+    attention_aware_graph: GraphConfig = Field(
+        default=GraphConfig(), description="knobs of the strategy of the same name"
+    )
+
+
+class ModelConfig(Section):
+    """A whole configuration file, `config/<model name>.json`."""
+
+    RetroInfer: RetroInferConfig = Field(description="the one section of a configuration file")
+
+
+def resolve_strategy(attention_type: str, settings: RetroInferConfig) -> str:
+    """The retrieval strategy that an attention type stands for.
+
+    "Full_Flash_Attn" is "full", "RetroInfer" is the configured `retrieval_strategy`, a strategy's name is itself.
+
+    Raises:
+        ConfigError: for any other attention type, listing all of them.
+    """
+    if attention_type == "Full_Flash_Attn":
+        return "full"
+    if attention_type == "RetroInfer":
+        return settings.retrieval_strategy
+    if attention_type in RETRIEVAL_STRATEGIES:
+        return attention_type
+    raise ConfigError(
+        f"attn_type: got {attention_type!r}, allowed: {', '.join(ATTENTION_TYPES + RETRIEVAL_STRATEGIES)}"
+    )

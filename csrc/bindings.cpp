@@ -1,0 +1,86 @@
+// Python bindings. Tensors come as addresses: the caller owns them, keeps them alive and has checked their shapes.
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <mutex>
+
+#include "graph.h"
+
+namespace py = pybind11;
+using namespace rag;
+
+namespace {
+
+// The pool of the latest thread count asked for; a caller that still works with the one before keeps that alive.
+std::shared_ptr<ThreadPool> threads(int count) {
+    static std::mutex mutex;
+    static std::shared_ptr<ThreadPool> pool;
+    std::lock_guard<std::mutex> lock(mutex);
+    if (!pool || pool->size() != count) pool = std::make_shared<ThreadPool>(count);
+    return pool;
+}
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Keys of all kv heads: [heads, n, dim] with contiguous rows.
+struct KeyStore {
+    uintptr_t address;
+    int dtype;
+    int64_t heads, n, dim, head_stride, row_stride;
+
+    Rows head(int64_t i) const {
+        const int64_t item = dtype == 0 ? 4 : 2;
+        return {at<const char>(address) + i * head_stride * item, static_cast<Dtype>(dtype), n, dim, row_stride};
+    }
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "Construction of and search in attention-aware graphs (C++).";
+
+    py::class_<KeyStore>(m, "KeyStore")
+        .def(py::init<uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t>(), py::arg("address"), py::arg("dtype"),
+             py::arg("heads"), py::arg("n"), py::arg("dim"), py::arg("head_stride"), py::arg("row_stride"));
+
+    m.def(
+        "build",
+        [](const KeyStore& keys, uintptr_t query_lists, int64_t lists_per_head, int64_t list_width, uintptr_t key_lists,
+           int64_t key_list_width, int64_t degree, int64_t query_links, int64_t num_entries, int num_threads,
+           uintptr_t adjacency, uintptr_t entries) {
+            py::gil_scoped_release release;
+            const auto pool = threads(num_threads);
+            int64_t repaired = 0;
+            for (int64_t h = 0; h < keys.heads; ++h) {
+                const Lists by_query{at<const int32_t>(query_lists) + h * lists_per_head * list_width, lists_per_head,
+                                     list_width};
+                const Lists by_key{at<const int32_t>(key_lists) + h * keys.n * key_list_width, keys.n, key_list_width};
+                repaired += build_graph(keys.head(h), by_query, by_key, {degree, query_links, num_entries},
+                                        *pool, at<int32_t>(adjacency) + h * keys.n * degree,
+                                        at<int32_t>(entries) + h * num_entries);
+            }
+            return repaired;
+        },
+        "Builds the graph of every kv head; returns how many keys had to be linked to become reachable.");
+
+    m.def(
+        "search",
+        [](const KeyStore& keys, uintptr_t adjacency, int64_t degree, uintptr_t entries, int64_t num_entries,
+           uintptr_t queries, int64_t group, int64_t k, int64_t ef, int num_threads, uintptr_t ids, uintptr_t scores,
+           uintptr_t keys_scored) {
+            py::gil_scoped_release release;
+            threads(num_threads)->parallel_for(keys.heads * group, 1, [&](int64_t i) {
+                thread_local SearchScratch scratch;
+                const int64_t h = i / group;
+                const Graph graph{keys.head(h), at<const int32_t>(adjacency) + h * keys.n * degree, degree,
+                                  at<const int32_t>(entries) + h * num_entries, num_entries};
+                at<int64_t>(keys_scored)[i] =
+                    search_graph(graph, at<const float>(queries) + i * keys.dim, k, ef, scratch, at<int32_t>(ids) + i * k,
+                                 at<float>(scores) + i * k);
+            });
+        },
+        "Searches one query per (kv head, query head of its group).");
+}

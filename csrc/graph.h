@@ -1,0 +1,64 @@
+// Attention-aware graph over the keys of one kv head: construction and best-first search.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "rows.h"
+#include "thread_pool.h"
+
+namespace rag {
+
+struct Neighbour {
+    float score;
+    int32_t id;
+};
+// Nearer first; equal scores by id, so that every result is the same on every run.
+inline bool nearer(const Neighbour& a, const Neighbour& b) {
+    return a.score != b.score ? a.score > b.score : a.id < b.id;
+}
+
+// Id lists, best first, -1 pads: row i is data[i * width .. (i + 1) * width).
+struct Lists {
+    const int32_t* data;
+    int64_t count;
+    int64_t width;
+    const int32_t* row(int64_t i) const { return data + i * width; }
+};
+
+struct BuildOptions {
+    int64_t degree;       // links of a key in all
+    int64_t query_links;  // of these at most, from projected query lists
+    int64_t num_entries;
+};
+
+// Projects query -> key lists to links among the keys (RoarGraph, arXiv 2408.08933, projection step, restated so that
+// every stage reads only the finished one before), adds the nearest keys of `key_lists` up to the degree, and repairs
+// reachability. adjacency: [n, degree], -1 pads at the end; entries: [num_entries], -1 pads at the end.
+// Returns the number of keys that had to be linked to become reachable.
+int64_t build_graph(const Rows& keys, const Lists& query_lists, const Lists& key_lists, const BuildOptions& options,
+                    ThreadPool& pool, int32_t* adjacency, int32_t* entries);
+
+struct Graph {
+    Rows keys;
+    const int32_t* adjacency;
+    int64_t degree;
+    const int32_t* entries;
+    int64_t num_entries;
+};
+
+// Buffers of one searching thread, reused over queries: nothing is allocated or cleared per query.
+struct SearchScratch {
+    std::vector<uint32_t> seen;
+    uint32_t epoch = 0;
+    std::vector<Neighbour> beam;
+    std::vector<uint8_t> expanded;
+    std::vector<int32_t> fresh;
+    std::vector<float> scores;
+};
+
+// Best-first search with a beam of max(ef, k). ids, scores: [k], best first, -1 / -inf pads.
+// Returns the number of inner products computed.
+int64_t search_graph(const Graph& graph, const float* query, int64_t k, int64_t ef, SearchScratch& scratch, int32_t* ids,
+                     float* scores);
+
+}  // namespace rag

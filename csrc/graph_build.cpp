@@ -1,0 +1,214 @@
+#include <algorithm>
+#include <numeric>
+
+#include "graph.h"
+
+namespace rag {
+namespace {
+
+constexpr int64_t kNodesPerTask = 64;
+
+// Compressed lists: the members of group i are members[begin[i] .. begin[i + 1]).
+struct Groups {
+    std::vector<int64_t> begin;
+    std::vector<int32_t> members;
+};
+
+// Groups list indices by their pivot, the key ranked first.
+Groups group_by_pivot(const Lists& lists, int64_t n) {
+    Groups groups{std::vector<int64_t>(n + 1, 0), {}};
+    for (int64_t i = 0; i < lists.count; ++i)
+        if (lists.row(i)[0] >= 0) ++groups.begin[lists.row(i)[0] + 1];
+    std::partial_sum(groups.begin.begin(), groups.begin.end(), groups.begin.begin());
+    groups.members.resize(groups.begin[n]);
+    std::vector<int64_t> at(groups.begin.begin(), groups.begin.end() - 1);
+    for (int64_t i = 0; i < lists.count; ++i)
+        if (lists.row(i)[0] >= 0) groups.members[at[lists.row(i)[0]]++] = static_cast<int32_t>(i);
+    return groups;
+}
+
+// Turns links x -> y around: the members of group y are the keys x that link to it, ascending.
+Groups reverse_links(const std::vector<int32_t>& links, int64_t n, int64_t width) {
+    Groups groups{std::vector<int64_t>(n + 1, 0), {}};
+    for (int32_t y : links)
+        if (y >= 0) ++groups.begin[y + 1];
+    std::partial_sum(groups.begin.begin(), groups.begin.end(), groups.begin.begin());
+    groups.members.resize(groups.begin[n]);
+    std::vector<int64_t> at(groups.begin.begin(), groups.begin.end() - 1);
+    for (int64_t x = 0; x < n; ++x)
+        for (int64_t j = 0; j < width; ++j)
+            if (const int32_t y = links[x * width + j]; y >= 0) groups.members[at[y]++] = static_cast<int32_t>(x);
+    return groups;
+}
+
+struct PruneScratch {
+    std::vector<int32_t> candidates;
+    std::vector<float> pivot, row, scores;
+    std::vector<Neighbour> sorted;
+};
+
+// RoarGraph's occlusion rule under the inner product, filling up: keeps p unless a kept r has <p, r> > <x, p>, then the
+// best rejected ones until the list is full. out: [width], -1 pads.
+void prune_fill(const Rows& keys, int32_t x, int64_t width, PruneScratch& s, int32_t* out) {
+    auto& c = s.candidates;
+    std::sort(c.begin(), c.end());
+    c.erase(std::unique(c.begin(), c.end()), c.end());
+    if (const auto self = std::lower_bound(c.begin(), c.end(), x); self != c.end() && *self == x) c.erase(self);
+    s.pivot.resize(keys.dim);
+    s.row.resize(keys.dim);
+    s.scores.resize(std::max<int64_t>(c.size(), width));
+    keys.load(x, s.pivot.data());
+    keys.score(s.pivot.data(), c.data(), c.size(), s.scores.data());
+    s.sorted.resize(c.size());
+    for (size_t i = 0; i < c.size(); ++i) s.sorted[i] = {s.scores[i], c[i]};
+    std::sort(s.sorted.begin(), s.sorted.end(), nearer);
+
+    int64_t kept = 0;
+    std::vector<int32_t>& rejected = s.candidates;
+    rejected.clear();
+    for (const Neighbour& p : s.sorted) {
+        if (kept == width) break;
+        keys.load(p.id, s.row.data());
+        keys.score(s.row.data(), out, kept, s.scores.data());
+        const bool occluded =
+            std::any_of(s.scores.begin(), s.scores.begin() + kept, [&](float to_kept) { return to_kept > p.score; });
+        if (occluded)
+            rejected.push_back(p.id);
+        else
+            out[kept++] = p.id;
+    }
+    for (size_t i = 0; kept < width && i < rejected.size(); ++i) out[kept++] = rejected[i];
+    std::fill(out + kept, out + width, -1);
+}
+
+// Links of every pivot: the union of the lists that name it first, pruned once; then with reverse links, pruned again.
+std::vector<int32_t> project_queries(const Rows& keys, const Lists& lists, const Groups& by_pivot, int64_t width,
+                                     ThreadPool& pool) {
+    const int64_t n = keys.n;
+    std::vector<int32_t> forward(n * width, -1), both(n * width, -1);
+    auto over_nodes = [&](auto&& body) { pool.parallel_for(n, kNodesPerTask, body); };
+    over_nodes([&](int64_t x) {
+        if (by_pivot.begin[x] == by_pivot.begin[x + 1]) return;
+        thread_local PruneScratch s;
+        s.candidates.clear();
+        for (int64_t i = by_pivot.begin[x]; i < by_pivot.begin[x + 1]; ++i) {
+            const int32_t* list = lists.row(by_pivot.members[i]);
+            for (int64_t j = 1; j < lists.width && list[j] >= 0; ++j) s.candidates.push_back(list[j]);
+        }
+        prune_fill(keys, static_cast<int32_t>(x), width, s, &forward[x * width]);
+    });
+    const Groups reverse = reverse_links(forward, n, width);
+    over_nodes([&](int64_t y) {
+        thread_local PruneScratch s;
+        s.candidates.assign(reverse.members.begin() + reverse.begin[y], reverse.members.begin() + reverse.begin[y + 1]);
+        for (int64_t j = 0; j < width && forward[y * width + j] >= 0; ++j)
+            s.candidates.push_back(forward[y * width + j]);
+        if (!s.candidates.empty()) prune_fill(keys, static_cast<int32_t>(y), width, s, &both[y * width]);
+    });
+    return both;
+}
+
+// Walks the graph from the entries and gives every key not met a link from a near key that was. The links of the walk
+// (one into every key met) are never given up, so nothing that is reachable gets lost.
+class Reachability {
+   public:
+    Reachability(int32_t* adjacency, int64_t n, int64_t degree)
+        : adjacency_(adjacency), n_(n), degree_(degree), met_(n, 0), walked_(n * degree, 0) {}
+
+    int64_t repair(const int32_t* entries, int64_t num_entries) {
+        for (int64_t i = 0; i < num_entries && entries[i] >= 0; ++i) walk_from(entries[i]);
+        int64_t repaired = 0;
+        for (int64_t x = 0; x < n_; ++x) {
+            if (met_[x]) continue;
+            attach(static_cast<int32_t>(x));
+            walk_from(static_cast<int32_t>(x));
+            ++repaired;
+        }
+        return repaired;
+    }
+
+   private:
+    void walk_from(int32_t start) {
+        if (met_[start]) return;
+        met_[start] = 1;
+        queue_.assign(1, start);
+        for (size_t head = 0; head < queue_.size(); ++head) {
+            const int64_t base = queue_[head] * degree_;
+            for (int64_t j = 0; j < degree_ && adjacency_[base + j] >= 0; ++j) {
+                const int32_t y = adjacency_[base + j];
+                if (met_[y]) continue;
+                met_[y] = 1;
+                walked_[base + j] = 1;
+                queue_.push_back(y);
+            }
+        }
+    }
+    bool link(int32_t from, int32_t to) {
+        const int64_t base = from * degree_;
+        int64_t slot = -1;
+        for (int64_t j = 0; j < degree_; ++j) {
+            if (adjacency_[base + j] < 0) {
+                slot = j;
+                break;
+            }
+            if (!walked_[base + j]) slot = j;
+        }
+        if (slot < 0) return false;
+        adjacency_[base + slot] = to;
+        walked_[base + slot] = 1;
+        return true;
+    }
+    // From one of its own neighbours, else from the nearest position in the text that has room; some key always has:
+    // the walk keeps fewer links than there are keys met.
+    void attach(int32_t x) {
+        for (int64_t j = 0; j < degree_; ++j) {
+            const int32_t y = adjacency_[x * degree_ + j];
+            if (y < 0) break;
+            if (met_[y] && link(y, x)) return;
+        }
+        for (int64_t step = 1; step < n_; ++step) {
+            if (x - step >= 0 && met_[x - step] && link(static_cast<int32_t>(x - step), x)) return;
+            if (x + step < n_ && met_[x + step] && link(static_cast<int32_t>(x + step), x)) return;
+        }
+    }
+
+    int32_t* adjacency_;
+    int64_t n_, degree_;
+    std::vector<uint8_t> met_, walked_;
+    std::vector<int32_t> queue_;
+};
+
+}  // namespace
+
+int64_t build_graph(const Rows& keys, const Lists& query_lists, const Lists& key_lists, const BuildOptions& options,
+                    ThreadPool& pool, int32_t* adjacency, int32_t* entries) {
+    const int64_t n = keys.n, degree = options.degree, query_links = options.query_links;
+    const Groups by_pivot = group_by_pivot(query_lists, n);
+
+    // Entries: the keys most often ranked first.
+    std::vector<int32_t> order(n);
+    std::iota(order.begin(), order.end(), 0);
+    const auto votes = [&](int32_t x) { return by_pivot.begin[x + 1] - by_pivot.begin[x]; };
+    const int64_t count = std::min(options.num_entries, n);
+    std::partial_sort(order.begin(), order.begin() + count, order.end(), [&](int32_t a, int32_t b) {
+        return votes(a) != votes(b) ? votes(a) > votes(b) : a < b;
+    });
+    std::fill(std::copy_n(order.begin(), count, entries), entries + options.num_entries, -1);
+
+    const std::vector<int32_t> projected = project_queries(keys, query_lists, by_pivot, query_links, pool);
+    pool.parallel_for(n, kNodesPerTask, [&](int64_t x) {
+        int32_t* out = adjacency + x * degree;
+        int64_t filled = 0;
+        while (filled < query_links && projected[x * query_links + filled] >= 0) {
+            out[filled] = projected[x * query_links + filled];
+            ++filled;
+        }
+        const int32_t* near = key_lists.row(x);
+        for (int64_t j = 0; j < key_lists.width && near[j] >= 0 && filled < degree; ++j)
+            if (near[j] != x && std::find(out, out + filled, near[j]) == out + filled) out[filled++] = near[j];
+        std::fill(out + filled, out + degree, -1);
+    });
+    return Reachability(adjacency, n, degree).repair(entries, options.num_entries);
+}
+
+}  // namespace rag

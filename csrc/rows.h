@@ -1,0 +1,23 @@
+// Read-only rows of keys in the types the KV store uses, scored against a float32 query.
+#pragma once
+#include <cstdint>
+
+namespace rag {
+
+enum class Dtype : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+
+// One kv head's keys: n rows of `dim` contiguous elements, `stride` elements apart.
+struct Rows {
+    const void* data;
+    Dtype dtype;
+    int64_t n;
+    int64_t dim;
+    int64_t stride;
+
+    // out[i] = <query, row ids[i]> in float32.
+    void score(const float* query, const int32_t* ids, int64_t count, float* out) const;
+    // out[0..dim) = row `id` in float32.
+    void load(int32_t id, float* out) const;
+};
+
+}  // namespace rag

@@ -1,0 +1,220 @@
+"""Every strategy through RetroInfer's cache protocol, against plain softmax attention over the same tokens."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cache_hub import STRATEGIES, AttentionAwareGraphCache, FlatCache, KV_Cache, make_cache
+from config import RETRIEVAL_STRATEGIES, RetroInferConfig
+
+LAYERS, STEPS = 2, 5
+
+
+class Run:
+    """Prompts and generated tokens of random states, fed to a cache as a model would."""
+
+    def __init__(self, lengths: list[int], group: int = 3, kv_heads: int = 2, dim: int = 64, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.lengths, self.group, self.kv_heads, self.dim = lengths, group, kv_heads, dim
+        draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        total, heads, batch = max(lengths) + STEPS, group * kv_heads, len(lengths)
+        # Left-padded prompts followed by generated tokens.
+        self.q = draw(LAYERS, batch, total, heads, dim)
+        self.k = draw(LAYERS, batch, total, kv_heads, dim)
+        self.v = draw(LAYERS, batch, total, kv_heads, dim)
+        self.pads = [max(lengths) - length for length in lengths]
+
+    def common(self, **changes: Any) -> dict[str, Any]:
+        return {
+            "valid_start": np.array(self.pads),
+            "layer_num": LAYERS,
+            "batch_size": len(self.lengths),
+            "max_length": max(self.lengths) + STEPS,
+            "num_key_value_heads": self.kv_heads,
+            "num_heads": self.kv_heads * self.group,
+            "head_dim": self.dim,
+            "dtype": torch.float32,
+            "layer_mapping": {str(layer): "cpu" for layer in range(LAYERS)},
+            "prefill_bsz": 1,
+            "num_gpus": 0,
+            "model_size": 8,
+            "max_new_length": STEPS,
+            **changes,
+        }
+
+    def prefill(self, cache: KV_Cache) -> None:
+        prompt = max(self.lengths)
+        for b, length in enumerate(self.lengths):
+            for layer in range(LAYERS):
+                q, k, v = (states[layer, b : b + 1, :prompt] for states in (self.q, self.k, self.v))
+                valid_k, valid_v = cache.prefill_update_kv_cache(q, k, v, layer, b)
+                assert torch.equal(valid_k, k[:, -length:])
+                assert torch.equal(valid_v, v[:, -length:])
+                cache.sync(layer, b)
+        cache.prepare_cache()
+
+    def decode(self, cache: KV_Cache) -> torch.Tensor:
+        """Outputs [STEPS, LAYERS, B, H, D]."""
+        outs = []
+        for step in range(STEPS):
+            at = slice(max(self.lengths) + step, max(self.lengths) + step + 1)
+            for layer in range(LAYERS):
+                cache.decode_update_kv_cache(self.k[layer, :, at], self.v[layer, :, at], layer)
+                outs.append(cache.compute(self.q[layer, :, at], layer)[:, 0])
+        return torch.stack(outs).unflatten(0, (STEPS, LAYERS))
+
+    def full_attention(self) -> torch.Tensor:
+        outs = torch.empty(STEPS, LAYERS, len(self.lengths), self.kv_heads * self.group, self.dim)
+        for step, layer, b in np.ndindex(STEPS, LAYERS, len(self.lengths)):
+            tokens = slice(self.pads[b], max(self.lengths) + step + 1)
+            k, v = (states[layer, b, tokens].repeat_interleave(self.group, 1).double() for states in (self.k, self.v))
+            q = self.q[layer, b, max(self.lengths) + step].double()
+            weights = torch.einsum("hd,nhd->hn", q, k).div(self.dim**0.5).softmax(1)
+            outs[step, layer, b] = torch.einsum("hn,nhd->hd", weights, v).float()
+        return outs
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((out - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+
+
+def test_the_registry_and_the_configuration_name_the_same_strategies() -> None:
+    assert tuple(STRATEGIES) == RETRIEVAL_STRATEGIES
+
+
+@pytest.mark.parametrize("lengths", [[1], [63], [257], [300, 131], [257, 20, 200]])
+@pytest.mark.parametrize(("group", "dim"), [(1, 64), (3, 64), (4, 128)])
+@pytest.mark.parametrize("strategy", RETRIEVAL_STRATEGIES)
+def test_retrieving_everything_equals_full_attention(strategy: str, lengths: list[int], group: int, dim: int) -> None:
+    run = Run(lengths, group, dim=dim)
+    everything = {"top_k": 257, "ef_search": 257, "key_degree": 8, "key_links": 4, "index_dtype": "auto"}
+    settings = RetroInferConfig(retrieval_strategy=strategy, attention_aware_graph=everything)
+    cache = make_cache(strategy, settings, **run.common())
+    run.prefill(cache)
+    assert relative_error(run.decode(cache), run.full_attention()) < 1e-5
+    assert cache.stats.attended_share == 1.0
+
+
+def test_flat_attends_to_the_exact_top_k_of_the_group_and_the_static_tokens() -> None:
+    run, top_k = Run([200]), 7
+    cache = FlatCache(static_pattern_start=4, static_pattern_end=16, top_k=top_k, **run.common())
+    run.prefill(cache)
+    out = run.decode(cache)[0, 1, 0]
+    for head in range(6):
+        kv_head = head // 3
+        group = run.q[1, 0, 200, kv_head * 3 : kv_head * 3 + 3]
+        k, v = run.k[1, 0, :201, kv_head], run.v[1, 0, :201, kv_head]
+        best = set((group @ k[4:184].T).topk(top_k).indices.add(4).flatten().tolist())
+        seen = sorted({0, 1, 2, 3} | best | set(range(184, 201)))
+        expected = (run.q[1, 0, 200, head] @ k[seen].T).div(8).softmax(0) @ v[seen]
+        torch.testing.assert_close(out[head], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_stats_count_attended_and_scored_tokens() -> None:
+    run = Run([200], group=1)
+    cache = FlatCache(static_pattern_start=4, static_pattern_end=16, top_k=7, **run.common())
+    run.prefill(cache)
+    run.decode(cache)
+    contexts = sum(200 + step + 1 for step in range(STEPS))
+    attended = sum(4 + 16 + 7 + step + 1 for step in range(STEPS))
+    assert cache.stats.attended_share == pytest.approx(attended / contexts)
+    assert cache.stats.scored_share == pytest.approx(STEPS * 180 / contexts)
+    assert cache.stats.bytes_moved == STEPS * LAYERS * run.kv_heads * 7 * 2 * 64 * 4
+    assert cache.kv_bytes == 2 * LAYERS * (200 + STEPS) * run.kv_heads * 64 * 4
+    assert cache.index_bytes == 0
+
+
+@pytest.mark.parametrize("length", [1, 50, 68, 100])
+def test_a_context_too_short_to_index_is_attended_in_full_and_says_so(length: int) -> None:
+    run = Run([length])
+    cache = AttentionAwareGraphCache(**run.common())
+    run.prefill(cache)
+    assert relative_error(run.decode(cache), run.full_attention()) < 1e-5
+    assert cache.index_bytes == 0
+    assert len(cache.stats.notes) == 1
+    assert cache.stats.notes[0].startswith(f"{length} tokens are attended in full: 4 + 64 are static")
+
+
+def test_one_token_more_is_indexed() -> None:
+    run = Run([4 + 64 + 32 + 1])
+    cache = AttentionAwareGraphCache(**run.common())
+    run.prefill(cache)
+    assert cache.index_bytes > 0
+    assert cache.stats.notes == []
+
+
+def test_diagnosis_of_the_flat_strategy_finds_everything() -> None:
+    run = Run([150, 120])
+    cache = FlatCache(top_k=10, diagnose=True, **run.common())
+    run.prefill(cache)
+    run.decode(cache)
+    agreement = cache.stats.agreement
+    assert agreement is not None
+    assert agreement.steps.tolist() == [2 * STEPS] * LAYERS
+    assert bool((agreement.mean(agreement.recall) == 1).all())
+    assert torch.equal(agreement.mass, agreement.exact_mass)
+    assert bool((agreement.mean(agreement.mass) < 1).all())
+
+
+def test_diagnosis_measures_recall_and_mass_of_the_graph() -> None:
+    run = Run([400], group=1)
+    cache = AttentionAwareGraphCache(top_k=10, ef_search=10, key_degree=4, key_links=2, diagnose=True, **run.common())
+    run.prefill(cache)
+    run.decode(cache)
+    agreement = cache.stats.agreement
+    assert agreement is not None
+    recall = agreement.mean(agreement.recall)
+    assert bool(((recall > 0.2) & (recall < 1)).all()), "a narrow beam on random keys finds some, not all"
+    assert bool((agreement.mass <= agreement.exact_mass + 1e-6).all()), "nothing holds more mass than the exact top k"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_non_finite_states_raise_with_layer_and_position(name: str, value: float) -> None:
+    run = Run([150, 120])
+    cache = AttentionAwareGraphCache(**run.common())
+    getattr(run, name)[1, 1, 30 + 77, 1, 5] = value
+    full_name = {"q": "query", "k": "key"}[name]
+    message = rf"{full_name}_states: got {value} in layer 1, sequence 1, position 77, head 1, allowed: finite"
+    with pytest.raises(ValueError, match=message):
+        run.prefill(cache)
+
+
+def test_two_runs_are_identical() -> None:
+    outs = []
+    for _ in range(2):
+        run = Run([300])
+        cache = AttentionAwareGraphCache(top_k=20, **run.common())
+        run.prefill(cache)
+        outs.append(run.decode(cache))
+    assert torch.equal(*outs)
+
+
+def test_a_prompt_longer_than_the_cache_is_refused() -> None:
+    run = Run([120])
+    cache = FlatCache(**run.common(max_length=100 + STEPS))
+    with pytest.raises(ValueError, match=r"prompt: got 120 tokens, allowed: at most 100"):
+        run.prefill(cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 0}, r"top_k: got 0"),
+        ({"key_degree": 0}, r"key_degree: got 0, allowed: >= 2"),
+        ({"static_pattern_end": 0}, r"static_pattern_start, static_pattern_end: got 4, 0"),
+        ({"num_heads": 7}, r"num_heads: got 7, allowed: a multiple of 2 kv heads"),
+        ({"max_new_length": 0, "max_length": 0}, r"max_length: got 0"),
+    ],
+)
+def test_bad_options_are_answered_with_what_is_allowed(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AttentionAwareGraphCache(**{**Run([150]).common(), **options})
+
+
+def test_an_unknown_strategy_is_answered_with_the_known_ones() -> None:
+    settings = RetroInferConfig(retrieval_strategy="flat")
+    with pytest.raises(ValueError, match=r"retrieval_strategy: got 'annoy', allowed: full, flat, attention_aware"):
+        make_cache("annoy", settings, **Run([150]).common())

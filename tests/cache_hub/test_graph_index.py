@@ -1,0 +1,146 @@
+"""The graph's structure (degree, reachability, determinism) and its search against the flat oracle."""
+
+from collections import deque
+from typing import Any
+
+import pytest
+import torch
+
+from cache_hub.index import AttentionAwareGraphIndex, FlatIndex, make_index
+
+
+def build(n: int, group: int = 3, dim: int = 64, rows: int = 2, dtype: torch.dtype = torch.float32, **options: Any):
+    """An index over n keys whose queries lie away from them, as attention's do."""
+    torch.manual_seed(n * 7 + dim)
+    keys = (torch.randn(rows, n, dim) + torch.randn(rows, 1, dim)).to(dtype)
+    queries = (0.5 * torch.randn(rows, group, n, dim) + torch.randn(rows, 1, 1, dim)).to(dtype)
+    index = AttentionAwareGraphIndex(**{"index_dtype": "auto", **options})
+    index.build(keys, queries, torch.arange(n))
+    return index, keys, queries
+
+
+def reachable(index: AttentionAwareGraphIndex, row: int) -> set[int]:
+    links = index.adjacency[row].tolist()
+    met = {entry for entry in index.entries[row].tolist() if entry >= 0}
+    queue = deque(met)
+    while queue:
+        fresh = {y for y in links[queue.popleft()] if y >= 0} - met
+        met |= fresh
+        queue.extend(fresh)
+    return met
+
+
+@pytest.mark.parametrize("key_links", [0, 3, 8])
+@pytest.mark.parametrize(("n", "group", "dim"), [(1, 1, 64), (2, 3, 64), (63, 3, 64), (257, 4, 128), (1009, 1, 64)])
+def test_structure(n: int, group: int, dim: int, key_links: int) -> None:
+    index, _, _ = build(n, group, dim, key_degree=8, key_links=key_links, q_knn=6, num_entries=4)
+    assert index.adjacency.shape == (2, n, 8)
+    for row in range(2):
+        for x, links in enumerate(index.adjacency[row].tolist()):
+            named = [y for y in links if y >= 0]
+            assert links == named + [-1] * (8 - len(named)), "pads come last"
+            assert len(set(named)) == len(named), "no link twice"
+            assert x not in named, "no link to itself"
+            assert all(y < n for y in named)
+        assert reachable(index, row) == set(range(n))
+
+
+def test_every_key_is_reachable_where_query_links_alone_leave_islands() -> None:
+    index, _, _ = build(500, key_degree=2, key_links=0, q_knn=2, num_entries=1)
+    assert index.repaired_keys > 0, "the case is not the hard one it should be"
+    assert all(len(reachable(index, row)) == 500 for row in range(2))
+
+
+@pytest.mark.parametrize("other_threads", [2, 5])
+def test_same_graph_for_any_thread_count(other_threads: int) -> None:
+    one, _, queries = build(700, num_threads=1)
+    many, _, _ = build(700, num_threads=other_threads)
+    assert torch.equal(one.adjacency, many.adjacency)
+    assert torch.equal(one.entries, many.entries)
+    a, b = one.search(queries[:, :, -1], 50), many.search(queries[:, :, -1], 50)
+    assert torch.equal(a.ids, b.ids)
+    assert torch.equal(a.keys_scored, b.keys_scored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n", "dim"), [(63, 64), (257, 128), (257, 80)])
+def test_search_with_a_beam_of_all_keys_is_exact(n: int, dim: int, dtype: torch.dtype) -> None:
+    index, keys, queries = build(n, 4, dim, dtype=dtype, key_degree=8, key_links=4, ef_search=n)
+    flat = FlatIndex()
+    flat.build(keys, queries)
+    asked = queries[:, :, -1].float()
+    found, exact = index.search(asked, n), flat.search(asked, n)
+    torch.testing.assert_close(found.scores, exact.scores, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.ids.sort().values, exact.ids.sort().values)
+    assert bool((found.keys_scored == n).all())
+
+
+def test_results_are_sorted_and_padded_when_k_exceeds_the_keys() -> None:
+    index, _, queries = build(9, key_degree=4, key_links=2)
+    found = index.search(queries[:, :, -1], 12)
+    assert bool((found.ids[..., 9:] == -1).all())
+    assert bool((found.scores[..., 9:] == float("-inf")).all())
+    assert bool((found.scores[..., :8] >= found.scores[..., 1:9]).all())
+
+
+def test_keys_scored_counts_every_inner_product_once() -> None:
+    index, _, queries = build(1009, ef_search=20, num_entries=16)
+    narrow = index.search(queries[:, :, -1], 10).keys_scored
+    assert bool((narrow >= 16).all())
+    assert bool((narrow < 1009).all())
+
+
+def test_recall_grows_with_the_beam() -> None:
+    recalls = []
+    for ef in (10, 80, 640):
+        index, keys, queries = build(2003, rows=1, ef_search=ef)
+        flat = FlatIndex()
+        flat.build(keys, queries)
+        asked = queries[:, :, -1]
+        found, exact = index.search(asked, 10).ids, flat.search(asked, 10).ids
+        recalls.append((exact[..., None] == found[..., None, :]).any(-1).float().mean().item())
+    assert recalls == sorted(recalls)
+    assert recalls[-1] > 0.95
+
+
+@pytest.mark.parametrize(("index_dtype", "copies"), [("auto", 0), ("float32", 0), ("bfloat16", 1), ("float16", 1)])
+def test_nbytes_counts_links_entries_and_a_copy_of_the_keys(index_dtype: str, copies: int) -> None:
+    index, keys, _ = build(100, key_degree=8, key_links=4, num_entries=16, index_dtype=index_dtype)
+    assert index.nbytes == 2 * 100 * 8 * 4 + 2 * 16 * 4 + copies * keys.numel() * 2
+
+
+def test_search_reads_a_store_with_gaps_between_rows_in_place() -> None:
+    torch.manual_seed(1)
+    store = torch.full((2, 300, 64), float("nan"))
+    keys = store[:, 20:220]
+    keys.copy_(torch.randn(2, 200, 64))
+    queries = torch.randn(2, 3, 200, 64)
+    index = make_index("attention_aware_graph", ef_search=200, index_dtype="auto")
+    index.build(keys, queries, torch.arange(200))
+    assert index.keys.data_ptr() == keys.data_ptr()
+    exact = (queries[:, :, -1] @ keys.transpose(1, 2)).topk(10).indices
+    assert torch.equal(index.search(queries[:, :, -1], 10).ids.long(), exact)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: make_index("annoy"), r"strategy: got 'annoy', allowed: attention_aware_graph, flat"),
+        (lambda: make_index("attention_aware_graph", key_degree=0), r"key_degree: got 0, allowed: >= 2"),
+        (lambda: make_index("attention_aware_graph", q_knn=1), r"q_knn: got 1, allowed: >= 2"),
+        (lambda: FlatIndex().build(torch.zeros(1, 0, 64), torch.zeros(1, 1, 1, 64)), r"keys: got shape \(1, 0, 64\)"),
+        (lambda: FlatIndex().build(torch.zeros(1, 4, 64), torch.zeros(2, 1, 1, 64)), r"queries: got shape"),
+        (
+            lambda: FlatIndex().build(torch.zeros(1, 4, 64), torch.zeros(1, 1, 2, 64), torch.tensor([3, 1])),
+            r"positions: got a decreasing sequence",
+        ),
+        (
+            lambda: build(8)[0].search(torch.zeros(2, 3, 63), 4),
+            r"queries: got shape \(2, 3, 63\), allowed: \[2, g, 64\]",
+        ),
+        (lambda: build(8)[0].search(torch.zeros(2, 3, 64), 0), r"k: got 0, allowed: >= 1"),
+    ],
+)
+def test_bad_input_is_answered_with_what_is_allowed(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,184 @@
+"""The typed sections: defaults, ranges, and errors of one line that name the key, the value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from config import ATTENTION_TYPES, RETRIEVAL_STRATEGIES, ConfigError, GraphConfig, RetroInferConfig, resolve_strategy
+
+GRAPH_DEFAULTS = {
+    "q_knn": 32,
+    "key_degree": 32,
+    "key_links": 16,
+    "ef_search": 160,
+    "top_k": 100,
+    "index_dtype": "bfloat16",
+    "graph_build_batch": 4096,
+    "knn_backend": "auto",
+    "estimation": "none",
+    "num_entries": 64,
+}
+
+
+def error_of(section: type, **values: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        section(**values)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def settings(**values: Any) -> RetroInferConfig:
+    return RetroInferConfig(**{"retrieval_strategy": "flat", **values})
+
+
+def test_graph_defaults() -> None:
+    assert GraphConfig().model_dump() == GRAPH_DEFAULTS
+
+
+def test_every_key_is_described() -> None:
+    for section in (GraphConfig, RetroInferConfig):
+        assert all(field.description for field in section.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("q_knn", 1, ">= 2"),
+        ("key_degree", 0, ">= 2"),
+        ("key_degree", 1, ">= 2"),
+        ("key_links", -1, ">= 0"),
+        ("key_links", 33, "0 to 32 (key_degree)"),
+        ("ef_search", 0, ">= 1"),
+        ("top_k", 0, ">= 1"),
+        ("graph_build_batch", 0, ">= 1"),
+        ("num_entries", 0, ">= 1"),
+        ("index_dtype", "int8", "'auto', 'float32', 'float16', 'bfloat16'"),
+        ("knn_backend", "cuvs", "'auto', 'faiss', 'torch'"),
+        ("estimation", "centroid", "'none'"),
+        ("estimation", None, "'none'"),
+        ("top_k", "100", "an integer >= 1"),
+        ("top_k", 100.0, "an integer >= 1"),
+        ("top_k", True, "an integer >= 1"),
+    ],
+)
+def test_graph_value_out_of_range(key: str, value: Any, allowed: str) -> None:
+    assert error_of(GraphConfig, **{key: value}) == f"{key}: got {value!r}, allowed: {allowed}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("q_knn", 2), ("key_links", 0), ("key_links", 32), ("ef_search", 1), ("top_k", 1), ("top_k", 10**6)],
+)
+def test_graph_value_at_the_edge_is_accepted(key: str, value: Any) -> None:
+    assert getattr(GraphConfig(**{key: value}), key) == value
+
+
+def test_default_key_links_above_a_smaller_degree() -> None:
+    assert error_of(GraphConfig, key_degree=8) == "key_links: got 16, allowed: 0 to 8 (key_degree)"
+
+
+@pytest.mark.parametrize("key", ["retrieval_budget", "estimation_budget", "cache_ratio"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf, "0.5"])
+def test_shares_lie_between_0_and_1(key: str, value: Any) -> None:
+    message = error_of(RetroInferConfig, retrieval_strategy="flat", **{key: value})
+    assert message.startswith(f"{key}: got {value!r}, allowed: ")
+    assert message.endswith("0 to 1")
+    assert getattr(settings(**{key: 1}), key) == 1.0
+    assert getattr(settings(**{key: 0.0}), key) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("key", "lowest"),
+    [
+        ("static_pattern_start", 0),
+        ("static_pattern_end", 1),
+        ("core", 1),
+        ("n_centroids", 1),
+        ("n_segment", 1),
+        ("pages_per_cluster", 1),
+        ("buffer_cluster_num", 1),
+    ],
+)
+def test_lowest_value_of_retroinfer_counts(key: str, lowest: int) -> None:
+    assert getattr(settings(**{key: lowest}), key) == lowest
+    message = error_of(RetroInferConfig, retrieval_strategy="flat", **{key: lowest - 1})
+    assert message == f"{key}: got {lowest - 1}, allowed: >= {lowest}"
+
+
+def test_switch_takes_no_number() -> None:
+    message = error_of(RetroInferConfig, retrieval_strategy="flat", gpu_only=1)
+    assert message == "gpu_only: got 1, allowed: true or false"
+
+
+def test_unknown_key_lists_the_known_ones_and_the_nearest() -> None:
+    message = error_of(GraphConfig, ef_serch=3)
+    assert message.startswith("ef_serch: unknown key, got 3 (did you mean ef_search?), known keys: q_knn, key_degree")
+    assert all(key in message for key in GRAPH_DEFAULTS)
+
+
+def test_unknown_key_of_an_inner_section_names_that_section() -> None:
+    message = error_of(RetroInferConfig, retrieval_strategy="flat", ef_search=3)
+    assert "did you mean attention_aware_graph.ef_search?" in message
+
+
+def test_unlike_key_gets_no_guess() -> None:
+    assert "did you mean" not in error_of(GraphConfig, zzz=3)
+
+
+def test_a_key_named_self_is_unknown_like_any_other() -> None:
+    assert error_of(GraphConfig, **{"self": 1}).startswith("self: unknown key")
+
+
+def test_problems_of_both_levels_are_joined() -> None:
+    message = error_of(
+        RetroInferConfig, retrieval_strategy="flat", core=0, attention_aware_graph={"key_degree": 0, "q_knn": 1}
+    )
+    assert message.split("; ") == [
+        "core: got 0, allowed: >= 1",
+        "attention_aware_graph.q_knn: got 1, allowed: >= 2",
+        "attention_aware_graph.key_degree: got 0, allowed: >= 2",
+    ]
+
+
+def test_section_that_is_no_section() -> None:
+    message = error_of(RetroInferConfig, retrieval_strategy="flat", attention_aware_graph=5)
+    assert message.startswith("attention_aware_graph: got 5, allowed: a section with the keys q_knn, key_degree")
+
+
+def test_missing_strategy_says_that_wave_index_is_not_implemented() -> None:
+    message = error_of(RetroInferConfig)
+    assert message.startswith("retrieval_strategy: missing, allowed: 'full', 'flat', 'attention_aware_graph'")
+    assert "wave_index" in message
+    assert "not implemented" in message
+
+
+@pytest.mark.parametrize("strategy", ["wave_index", "ivf", "", None, ["flat"]])
+def test_unknown_strategy(strategy: Any) -> None:
+    message = error_of(RetroInferConfig, retrieval_strategy=strategy)
+    assert message == f"retrieval_strategy: got {strategy!r}, allowed: 'full', 'flat', 'attention_aware_graph'"
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        GraphConfig().top_k = 5
+
+
+@pytest.mark.parametrize("configured", RETRIEVAL_STRATEGIES)
+def test_resolve_strategy(configured: str) -> None:
+    chosen = settings(retrieval_strategy=configured)
+    assert resolve_strategy("Full_Flash_Attn", chosen) == "full"
+    assert resolve_strategy("RetroInfer", chosen) == configured
+    for strategy in RETRIEVAL_STRATEGIES:
+        assert resolve_strategy(strategy, chosen) == strategy
+
+
+@pytest.mark.parametrize("attention_type", ["retroinfer", "wave_index", "", None])
+def test_resolve_unknown_attention_type(attention_type: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_strategy(attention_type, settings())
+    assert str(caught.value).startswith(f"attn_type: got {attention_type!r}, allowed: ")
+    assert all(name in str(caught.value) for name in ATTENTION_TYPES + RETRIEVAL_STRATEGIES)
