@@ -1,7 +1,4 @@
-"""Needle prompts: one sentence hidden in real text or in noise, asked for at the end (RULER niah_single_1 and _2).
-
-As a program: asks COUNT such questions with depths spread evenly, through full attention and one other strategy.
-"""
+"""Needle prompts: one sentence hidden in real text or in noise, asked for at the end (RULER niah_single_1 and _2)."""
 
 from __future__ import annotations
 
@@ -70,8 +67,8 @@ def _sentences(tokens: int) -> list[str]:
 
 def _question(tokenizer: Any, key: str, context: str) -> str:
     user = (
-        "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the "
-        f"number afterwards.\n{context}\nWhat is the special magic number for {key} mentioned in the provided text?"
+        "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about "
+        f"the number afterwards.\n{context}\nWhat is the special magic number for {key} mentioned in the provided text?"
     )
     prefix = f" The special magic number for {key} mentioned in the provided text is"
     if not getattr(tokenizer, "chat_template", None):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .stats import CacheStats
+from .stats import Agreement, CacheStats
 
 if TYPE_CHECKING:
     from config import RetroInferConfig
@@ -25,7 +25,8 @@ class KV_Cache(ABC):
 
     valid_start [batch]: left-padding tokens of each sequence in the prefill tensors (None: none). max_length: longest
     prompt + max_new_length. layer_mapping: {str(layer): device}, where the layer computes (default: CPU). num_gpus and
-    model_size are taken because RetroInfer's callers pass them; nothing depends on them.
+    model_size are taken because RetroInfer's callers pass them; nothing depends on them. diagnose: compare every decode
+    step with an exact scan, slowly, and keep the sums in stats.agreement.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class KV_Cache(ABC):
         prefill_bsz: int = 1,
         num_gpus: int = 0,
         model_size: float = 0,
+        diagnose: bool = False,
     ) -> None:
         if num_heads % num_key_value_heads:
             raise ValueError(f"num_heads: got {num_heads}, allowed: a multiple of {num_key_value_heads} kv heads")
@@ -64,7 +66,7 @@ class KV_Cache(ABC):
         self.generated = [0] * layer_num
         mapping = layer_mapping or {}
         self.devices = [torch.device(mapping.get(str(layer), "cpu")) for layer in range(layer_num)]
-        self.stats = CacheStats()
+        self.stats = CacheStats(agreement=Agreement.zeros(layer_num, num_heads) if diagnose else None)
 
     @classmethod
     def options(cls, settings: RetroInferConfig) -> dict[str, Any]:

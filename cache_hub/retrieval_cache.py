@@ -35,7 +35,7 @@ class TokenIndexCache(KV_Cache):
     Static: the first `static_pattern_start` tokens, the last `static_pattern_end` of the prompt and all generated ones.
     Between them lie the indexed tokens: per query head the index finds top_k, and the g query heads of a kv head attend
     to the union of what they found. A prompt with at most `min_indexed` tokens between is attended in full, which
-    `stats.notes` says. `core`: CPU threads of the index beside a GPU. With diagnose=True every step is compared with an exact scan (`stats.agreement`), slowly.
+    `stats.notes` says. `core`: CPU threads of the index beside a GPU.
     """
 
     def __init__(
@@ -46,7 +46,6 @@ class TokenIndexCache(KV_Cache):
         core: int | None = None,
         top_k: int = 100,
         min_indexed: int = 0,
-        diagnose: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -68,8 +67,6 @@ class TokenIndexCache(KV_Cache):
         self._groups: list[list[_Indexed]] = [[] for _ in self.devices]
         self._pending: Tensor | None = None
         self._allocate()
-        if diagnose:
-            self.stats.agreement = Agreement.zeros(self.layer_num, self.num_heads)
 
     @classmethod
     def options(cls, settings: RetroInferConfig) -> dict[str, Any]:
@@ -88,7 +85,11 @@ class TokenIndexCache(KV_Cache):
         prompt = self.max_length - self.max_new_length
         static = min(self.sinks + self.window + self.min_indexed, prompt) + self.max_new_length
         rows = (self.batch_size, self.kv_head)
-        self._keys, self._values, self._static_keys, self._static_values, self._static_lengths = [], [], [], [], []
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._static_keys: list[Tensor] = []
+        self._static_values: list[Tensor] = []
+        self._static_lengths: list[Tensor] = []
         for device in self.devices:
             pinned = device.type == "cuda"
             for prompt_store in (self._keys, self._values):
@@ -167,31 +168,36 @@ class TokenIndexCache(KV_Cache):
         ]
         if self._groups[layer_idx]:
             with self.stats.timed("search"):
-                ids = self._retrieve(query_states, layer_idx)
+                found, ids = self._retrieve(query_states, layer_idx)
+            if self.stats.agreement is not None:
+                with self.stats.timed("diagnosis"):
+                    self._compare(query_states, found, layer_idx, self.stats.agreement)
             parts.append(WeightedPart(self._keys[layer_idx], self._values[layer_idx], ids, None, None))
         self._count_tokens(layer_idx)
         with self.stats.timed("attention"):
             return weighted_decode_attention(query_states, parts)
 
-    def _retrieve(self, query_states: Tensor, layer_idx: int) -> Tensor:
-        """Positions to attend to, [B, Hkv, g * top_k] int32 on the query's device, -1 pads."""
+    def _retrieve(self, query_states: Tensor, layer_idx: int) -> tuple[list[Tensor], Tensor]:
+        """What every group's search found, index ids [R, g, top_k], and the positions to attend to: the union over
+        each kv head's group, [B, Hkv, g * top_k] int32 on the query's device, -1 pads."""
         # [B, 1, Hkv * g, D] -> [B * Hkv, g, D]
         queries = query_states.reshape(-1, self.group_size, self.head_dim)
-        width = self.group_size * self.top_k
-        ids = torch.full((self.batch_size, self.kv_head, width), -1, dtype=torch.int32)
+        shape = (self.batch_size, self.kv_head, self.group_size * self.top_k)
+        ids = torch.full(shape, -1, dtype=torch.int32)
+        found = []
         for group in self._groups[layer_idx]:
             rows = slice(group.start * self.kv_head, (group.start + group.count) * self.kv_head)
-            found = group.index.search(queries[rows], self.top_k)
-            united = unite(found.ids).cpu()
-            attended = int((united >= 0).sum())
-            united[united >= 0] += self.sinks
-            ids[group.start : group.start + group.count] = united.view(group.count, self.kv_head, width)
-            self.stats.scored += int(found.keys_scored.sum())
-            self.stats.attended += attended
-            self.stats.bytes_moved += 2 * attended * self.head_dim * self.dtype.itemsize
-            if self.stats.agreement is not None:
-                self._compare(query_states, found.ids, united, layer_idx, group)
-        return ids.to(query_states.device, non_blocking=True)
+            result = group.index.search(queries[rows], self.top_k)
+            united = unite(result.ids.cpu())
+            ids[group.start : group.start + group.count] = torch.where(united >= 0, united + self.sinks, -1).view(
+                -1, *shape[1:]
+            )
+            found.append(result.ids)
+            self.stats.scored += int(result.keys_scored.sum())
+        attended = int((ids >= 0).sum())
+        self.stats.attended += attended
+        self.stats.bytes_moved += 2 * attended * self.head_dim * self.dtype.itemsize
+        return found, ids.to(query_states.device, non_blocking=True)
 
     def _count_tokens(self, layer_idx: int) -> None:
         step = self.generated[layer_idx]
@@ -201,33 +207,24 @@ class TokenIndexCache(KV_Cache):
         self.stats.attended_of += context * self.kv_head
         self.stats.scored_of += context * self.num_heads
 
-    def _compare(self, query_states: Tensor, found: Tensor, united: Tensor, layer_idx: int, group: _Indexed) -> None:
-        """Adds recall and attention mass of one step to stats.agreement, by an exact scan of the group's keys."""
-        assert self.stats.agreement is not None
-        sequences = slice(group.start, group.start + group.count)
-        length = self.prompt_lengths[group.start]
-        indexed = self.indexed_range(length)
-        static_count = length - len(indexed) + self.generated[layer_idx]
-        queries = query_states[sequences].reshape(-1, self.group_size, self.head_dim).cpu().float()
-        keys = self._keys[layer_idx][sequences, :, indexed.start : indexed.stop].flatten(0, 1)
-        static = self._static_keys[layer_idx][sequences, :, :static_count].flatten(0, 1).cpu()
-        exact = exact_topk(keys, queries, min(self.top_k, len(indexed)))[1]
-        hits = (exact[..., :, None] == found.cpu()[..., None, :]).any(-1).float().mean(-1)
-
-        logits = queries @ torch.cat((keys, static), 1).float().transpose(1, 2) / self.head_dim**0.5
-        weights = logits.softmax(-1)
-        static_mass = weights[..., len(indexed) :].sum(-1)
-
-        def mass(ids: Tensor) -> Tensor:
-            # ids [R, T] shared by the group, -1 masked -> [R, g]
-            at = ids.clamp(min=0).long()[:, None].expand(-1, self.group_size, -1)
-            return static_mass + (weights.gather(2, at) * (ids >= 0)[:, None]).sum(-1)
-
-        attended = torch.where(united >= 0, united - indexed.start, united)
-        per_sequence = lambda table: table.reshape(group.count, self.num_heads)  # noqa: E731
-        self.stats.agreement.add(
-            layer_idx, per_sequence(hits), per_sequence(mass(attended)), per_sequence(mass(unite(exact)))
-        )
+    def _compare(self, query_states: Tensor, found: list[Tensor], layer_idx: int, agreement: Agreement) -> None:
+        """Adds recall and attention mass of one step, by an exact scan of every group's keys."""
+        for group, found_ids in zip(self._groups[layer_idx], found, strict=True):
+            sequences = slice(group.start, group.start + group.count)
+            length = self.prompt_lengths[group.start]
+            indexed = self.indexed_range(length)
+            static_count = length - len(indexed) + self.generated[layer_idx]
+            queries = query_states[sequences].reshape(-1, self.group_size, self.head_dim).cpu().float()
+            keys = self._keys[layer_idx][sequences, :, indexed.start : indexed.stop].flatten(0, 1)
+            static = self._static_keys[layer_idx][sequences, :, :static_count].flatten(0, 1).cpu()
+            ids = found_ids.cpu()
+            exact = exact_topk(keys, queries, min(self.top_k, len(indexed)))[1]
+            recall = (exact[..., :, None] == ids[..., None, :]).any(-1).float().mean(-1)
+            logits = queries @ torch.cat((keys, static), 1).float().transpose(1, 2) / self.head_dim**0.5
+            weights = logits.softmax(-1)
+            masses = [_mass(weights, unite(retrieved), len(indexed)) for retrieved in (ids, exact)]
+            per_sequence = (group.count, self.num_heads)
+            agreement.add(layer_idx, recall.view(per_sequence), *(mass.view(per_sequence) for mass in masses))
 
     @property
     def kv_bytes(self) -> int:
@@ -236,7 +233,6 @@ class TokenIndexCache(KV_Cache):
 
     @property
     def index_bytes(self) -> int:
-        """Indexes, and the copies of static tokens that stand in the prompt's store too."""
         return sum(group.index.nbytes for groups in self._groups for group in groups)
 
 
@@ -245,3 +241,9 @@ def unite(ids: Tensor) -> Tensor:
     flat = ids.flatten(1).sort(dim=1).values
     flat[:, 1:].masked_fill_(flat[:, 1:] == flat[:, :-1], -1)
     return flat
+
+
+def _mass(weights: Tensor, united: Tensor, indexed: int) -> Tensor:
+    """Softmax mass [R, g] of the rows `united` [R, T] (-1 pads) and of all from `indexed` on; weights [R, g, n]."""
+    retrieved = weights.gather(2, united.clamp(min=0).long()[:, None].expand(-1, weights.shape[1], -1))
+    return weights[..., indexed:].sum(-1) + (retrieved * (united >= 0)[:, None]).sum(-1)

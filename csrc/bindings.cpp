@@ -67,6 +67,16 @@ PYBIND11_MODULE(_native, m) {
         "Builds the graph of every kv head; returns how many keys had to be linked to become reachable.");
 
     m.def(
+        "extend",
+        [](const KeyStore& keys, uintptr_t queries, uintptr_t visible, int64_t count, int64_t begin, int64_t k,
+           uintptr_t ids, uintptr_t scores) {
+            py::gil_scoped_release release;
+            extend_lists(keys.head(0), at<const float>(queries), at<const int64_t>(visible), count, begin, k,
+                         at<int32_t>(ids), at<float>(scores));
+        },
+        "Adds the keys begin..visible[i] - 1 to the best-first list of every query i.");
+
+    m.def(
         "search",
         [](const KeyStore& keys, uintptr_t adjacency, int64_t degree, uintptr_t entries, int64_t num_entries,
            uintptr_t queries, int64_t group, int64_t k, int64_t ef, int num_threads, uintptr_t ids, uintptr_t scores,

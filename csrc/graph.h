@@ -25,6 +25,11 @@ struct Lists {
     const int32_t* row(int64_t i) const { return data + i * width; }
 };
 
+// Merges keys begin..visible[i] - 1 into the exact list of query i: ids, scores [count, k], best first, -1 / -inf pads.
+// queries: [count, dim] float32; visible: [count].
+void extend_lists(const Rows& keys, const float* queries, const int64_t* visible, int64_t count, int64_t begin,
+                  int64_t k, int32_t* ids, float* scores);
+
 struct BuildOptions {
     int64_t degree;       // links of a key in all
     int64_t query_links;  // of these at most, from projected query lists

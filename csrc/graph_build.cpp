@@ -180,6 +180,27 @@ class Reachability {
 
 }  // namespace
 
+void extend_lists(const Rows& keys, const float* queries, const int64_t* visible, int64_t count, int64_t begin,
+                  int64_t k, int32_t* ids, float* scores) {
+    std::vector<int32_t> fresh(count ? std::max<int64_t>(visible[count - 1] - begin, 0) : 0);
+    std::vector<float> fresh_scores(fresh.size());
+    std::iota(fresh.begin(), fresh.end(), static_cast<int32_t>(begin));
+    for (int64_t i = 0; i < count; ++i, ids += k, scores += k) {
+        const int64_t seen = std::max<int64_t>(visible[i] - begin, 0);
+        keys.score(queries + i * keys.dim, fresh.data(), seen, fresh_scores.data());
+        for (int64_t j = 0; j < seen; ++j) {
+            if (!(fresh_scores[j] > scores[k - 1])) continue;
+            int64_t at = k - 1;
+            for (; at > 0 && scores[at - 1] < fresh_scores[j]; --at) {
+                scores[at] = scores[at - 1];
+                ids[at] = ids[at - 1];
+            }
+            scores[at] = fresh_scores[j];
+            ids[at] = fresh[j];
+        }
+    }
+}
+
 int64_t build_graph(const Rows& keys, const Lists& query_lists, const Lists& key_lists, const BuildOptions& options,
                     ThreadPool& pool, int32_t* adjacency, int32_t* entries) {
     const int64_t n = keys.n, degree = options.degree, query_links = options.query_links;

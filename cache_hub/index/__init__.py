@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .base import SearchResult, TokenIndex
 from .flat_index import FlatIndex
 from .graph_index import AttentionAwareGraphIndex
@@ -12,7 +14,7 @@ INDEXES: dict[str, type[TokenIndex]] = {
 }
 
 
-def make_index(strategy: str, **options: object) -> TokenIndex:
+def make_index(strategy: str, **options: Any) -> TokenIndex:
     """The index of a retrieval strategy. Raises ValueError for an unknown strategy or option, naming the known ones."""
     if strategy not in INDEXES:
         raise ValueError(f"strategy: got {strategy!r}, allowed: {', '.join(INDEXES)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ def as_key_store(keys: Tensor) -> _native.KeyStore:
             f"keys: got {keys.dtype} on {keys.device} with strides {keys.stride()}, allowed: float32, float16 or "
             "bfloat16 in CPU memory with contiguous rows"
         )
-    return _native.KeyStore(keys.data_ptr(), _DTYPE_CODES[keys.dtype], *keys.shape, keys.stride(0), keys.stride(1))
+    heads, n, dim = keys.shape
+    code = _DTYPE_CODES[keys.dtype]
+    return _native.KeyStore(keys.data_ptr(), code, heads, n, dim, keys.stride(0), keys.stride(1))
 
 
 class AttentionAwareGraphIndex(TokenIndex):
@@ -37,7 +40,7 @@ class AttentionAwareGraphIndex(TokenIndex):
     had to be linked to become reachable) and build_seconds by stage.
     """
 
-    def __init__(self, num_threads: int | None = None, **options: object) -> None:
+    def __init__(self, num_threads: int | None = None, **options: Any) -> None:
         self.options = GraphConfig(**options)
         self.num_threads = num_threads or torch.get_num_threads()
         self.build_seconds = {}
@@ -49,10 +52,11 @@ class AttentionAwareGraphIndex(TokenIndex):
         rows, n, _ = keys.shape
         group, m = queries.shape[1:3]
         clock = _StageClock(self.build_seconds)
-        by_query = causal_knn(keys, queries, positions, o.q_knn, o.graph_build_batch, o.knn_backend)
+        how = (o.graph_build_batch, o.knn_backend, self.num_threads)
+        by_query = causal_knn(keys, queries, positions, o.q_knn, *how)
         clock.stage("query_key_knn")
         wanted = o.key_degree if o.key_links else 0
-        by_key = key_knn(keys.to(queries.device), wanted, o.graph_build_batch, o.knn_backend)
+        by_key = key_knn(keys.to(queries.device), wanted, *how)
         clock.stage("key_key_knn")
 
         dtype = keys.dtype if o.index_dtype == "auto" else getattr(torch, o.index_dtype)

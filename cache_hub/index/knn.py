@@ -2,141 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from . import _native
 from .base import pad_topk
 
-# A triangle of this many queries is masked instead of being split further.
-_LEAF = 256
-
-# (queries [m, D], keys [n, D], k <= n) -> (scores [m, k] float32, ids [m, k] int64), best first
-Knn = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-
-
-def _knn_torch(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    scores, ids = (queries @ keys.T).topk(k)
-    return scores, ids
+# Keys that one task looks up at once: enough for full speed, few enough that all threads end together.
+_KEY_BLOCK = 1024
+# Queries whose shared keys faiss scans at once; the keys that only some of them see are scanned one by one.
+_STAIR = 512
 
 
-def _knn_faiss(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    import faiss
+def choose_backend(name: str, device: torch.device) -> str:
+    """ "faiss" (CPU) or "torch" (matmul and top-k on the states' device); "auto" is faiss on a CPU, torch on a GPU.
 
-    scores, ids = faiss.knn(queries.numpy(), keys.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
-    return torch.from_numpy(scores), torch.from_numpy(ids.astype(np.int64, copy=False))
-
-
-def choose_backend(name: str, device: torch.device) -> Knn:
-    """The exact k-nearest-neighbour function of `name`: "faiss" (CPU), "torch" (matmul + top-k on the queries' device)
-    or "auto" (faiss on a CPU, torch on a GPU). Raises ValueError for another name or faiss on a GPU."""
+    Raises ValueError for another name, or faiss for states on a GPU.
+    """
     if name == "auto":
-        name = "faiss" if device.type == "cpu" else "torch"
+        return "faiss" if device.type == "cpu" else "torch"
+    if name not in ("faiss", "torch"):
+        raise ValueError(f"knn_backend: got {name!r}, allowed: 'auto', 'faiss', 'torch'")
     if name == "faiss" and device.type != "cpu":
         raise ValueError(f"knn_backend: got 'faiss' for states on {device}, allowed there: 'auto', 'torch'")
-    backends = {"faiss": _knn_faiss, "torch": _knn_torch}
-    if name not in backends:
-        raise ValueError(f"knn_backend: got {name!r}, allowed: 'auto', 'faiss', 'torch'")
-    return backends[name]
-
-
-class _TopK:
-    """Running best k of every query, [m, k], merged in place."""
-
-    def __init__(self, m: int, k: int, device: torch.device) -> None:
-        self.k = k
-        self.scores = torch.full((m, k), float("-inf"), device=device)
-        self.ids = torch.full((m, k), -1, dtype=torch.int64, device=device)
-
-    def merge(self, rows: slice, scores: Tensor, ids: Tensor) -> None:
-        best, at = torch.cat((self.scores[rows], scores), dim=1).topk(self.k)
-        self.ids[rows] = torch.cat((self.ids[rows], ids), dim=1).gather(1, at)
-        self.scores[rows] = best
-
-
-def _causal_block(queries: Tensor, keys: Tensor, visible: Tensor, k: int, knn: Knn) -> Tensor:
-    """Lists [m, k] of one block; query i sees keys 0..visible[i] - 1, visible ascending.
-
-    Splits the staircase into rectangles for `knn` and small masked triangles, so that nothing is computed twice and
-    little beyond the mask.
-    """
-    top = _TopK(len(queries), k, queries.device)
-    counts = visible.tolist()
-
-    def rectangle(rows: slice, begin: int, end: int) -> None:
-        if end > begin:
-            scores, ids = knn(queries[rows], keys[begin:end], min(k, end - begin))
-            top.merge(rows, scores, ids + begin)
-
-    def staircase(first: int, last: int, begin: int) -> None:
-        rows, shared, end = slice(first, last), max(counts[first], begin), counts[last - 1]
-        rectangle(rows, begin, shared)
-        if end <= shared:
-            return
-        if last - first <= _LEAF:
-            scores = queries[rows] @ keys[shared:end].T
-            hidden = torch.arange(shared, end, device=keys.device) >= visible[rows, None]
-            scores, ids = scores.masked_fill_(hidden, float("-inf")).topk(min(k, end - shared))
-            top.merge(rows, scores, ids + shared)
-            return
-        middle = (first + last) // 2
-        staircase(first, middle, shared)
-        staircase(middle, last, shared)
-
-    staircase(0, len(counts), 0)
-    return top.ids.masked_fill_(top.scores == float("-inf"), -1)
+    return name
 
 
 def causal_knn(
-    keys: Tensor, queries: Tensor, positions: Tensor | None, k: int, block: int = 4096, backend: str = "auto"
+    keys: Tensor,
+    queries: Tensor,
+    positions: Tensor | None,
+    k: int,
+    block: int = 4096,
+    backend: str = "auto",
+    num_threads: int | None = None,
 ) -> Tensor:
     """Exact k nearest keys by inner product for every query, among the keys it may see.
 
     keys [R, N, D], queries [R, g, M, D] (any float dtype; computed in float32 on the queries' device), positions [M]
-    as in TokenIndex.build. Returns [R, g, M, k] int32 on the CPU, best first, -1 pads. `block` queries are worked on at
-    a time; scores for block x N are never held at once by the faiss backend.
+    as in TokenIndex.build. Returns [R, g, M, k] int32 on the CPU, best first, -1 pads. A thread works on `block`
+    queries at a time; beside them it holds their lists, and with the torch backend their scores, block x N.
     """
     rows, n, _ = keys.shape
     group, m = queries.shape[1:3]
     device = queries.device
-    knn = choose_backend(backend, device)
+    causal = _causal_faiss if choose_backend(backend, device) == "faiss" else _causal_torch
     visible = torch.full((m,), n, device=device) if positions is None else (positions.to(device) + 1).clamp(0, n)
-    lists = torch.empty(rows, group, m, k, dtype=torch.int32)
-    for r in range(rows):
-        row_keys = keys[r].to(device, torch.float32).contiguous()
-        for h in range(group):
-            for begin in range(0, m, block):
-                part = slice(begin, min(begin + block, m))
-                block_queries = queries[r, h, part].float().contiguous()
-                lists[r, h, part] = _causal_block(block_queries, row_keys, visible[part], k, knn).int()
-    return lists
+    keys = keys.to(device, torch.float32).contiguous()
+    lists = np.empty((rows, group, m, k), np.int32)
+
+    def work(r: int, h: int, begin: int) -> None:
+        part = slice(begin, min(begin + block, m))
+        lists[r, h, part] = causal(keys[r], queries[r, h, part].float().contiguous(), visible[part], k).numpy()
+
+    tasks = [(r, h, begin) for r in range(rows) for h in range(group) for begin in range(0, m, block)]
+    _run(work, tasks, device, num_threads)
+    return torch.from_numpy(lists)
 
 
-def key_knn(keys: Tensor, k: int, block: int = 4096, backend: str = "auto") -> Tensor:
+def key_knn(keys: Tensor, k: int, block: int = 4096, backend: str = "auto", num_threads: int | None = None) -> Tensor:
     """The k nearest other keys of every key by cosine after subtracting the mean key.
 
     keys [R, N, D]; computed in float32 on their device. Returns [R, N, min(k, N - 1)] int32 on the CPU, best first.
     """
     rows, n, _ = keys.shape
-    k = min(k, n - 1)
-    lists = torch.empty(rows, n, k, dtype=torch.int32)
+    k, block = min(k, n - 1), min(block, _KEY_BLOCK)
+    lists = np.empty((rows, n, k), np.int32)
     if k == 0:
-        return lists
-    knn = choose_backend(backend, keys.device)
-    own = torch.arange(n, device=keys.device)[:, None]
-    for r in range(rows):
-        centred = keys[r].float()
-        centred = torch.nn.functional.normalize(centred - centred.mean(0), dim=1).contiguous()
-        for begin in range(0, n, block):
-            part = slice(begin, min(begin + block, n))
-            _, ids = knn(centred[part], centred, k + 1)
-            # A key is its own neighbour; among exact duplicates it may not be the first, or not even listed.
-            keep = ids != own[part]
-            keep[:, -1] &= ~keep.all(dim=1)
-            lists[r, part] = ids[keep].view(-1, k).int()
-    return lists
+        return torch.from_numpy(lists)
+    nearest = _nearest_faiss if choose_backend(backend, keys.device) == "faiss" else _nearest_torch
+    centred = normalize((keys.float() - keys.float().mean(1, keepdim=True)), dim=2).contiguous()
+
+    def work(r: int, begin: int) -> None:
+        part = torch.arange(begin, min(begin + block, n), device=keys.device)
+        ids = nearest(centred[r], centred[r, part], k + 1)[1]
+        # A key is its own neighbour; among exact duplicates it may not be the first, or not even listed.
+        keep = ids != part[:, None]
+        keep[:, -1] &= ~keep.all(dim=1)
+        lists[r, begin : begin + len(part)] = ids[keep].view(-1, k).int().cpu().numpy()
+
+    _run(work, [(r, begin) for r in range(rows) for begin in range(0, n, block)], keys.device, num_threads)
+    return torch.from_numpy(lists)
 
 
 def exact_topk(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -146,3 +98,71 @@ def exact_topk(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     scores, ids = (queries.float() @ keys.float().transpose(1, 2)).topk(min(k, keys.shape[1]))
     return pad_topk(scores, ids.int(), k)
+
+
+def _run(
+    work: Callable[..., None], tasks: Iterable[tuple[Any, ...]], device: torch.device, threads: int | None
+) -> None:
+    if device.type != "cpu":
+        for task in tasks:
+            work(*task)
+        return
+    import faiss
+
+    # One OpenMP thread in each: many short parallel regions wait for one another, worst where cores are shared.
+    with ThreadPoolExecutor(
+        threads or torch.get_num_threads(), initializer=faiss.omp_set_num_threads, initargs=(1,)
+    ) as pool:
+        for done in [pool.submit(work, *task) for task in tasks]:
+            done.result()
+
+
+def _nearest_faiss(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Scores [m, k] float32 and ids [m, k] int64 of the nearest of keys [n, D], k <= n, for queries [m, D]."""
+    import faiss
+
+    scores, ids = faiss.knn(queries.numpy(), keys.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+    return torch.from_numpy(scores), torch.from_numpy(ids.astype(np.int64, copy=False))
+
+
+def _nearest_torch(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As _nearest_faiss, on any device."""
+    scores, ids = (queries @ keys.T).topk(k)
+    return scores, ids
+
+
+def _causal_torch(keys: Tensor, queries: Tensor, visible: Tensor, k: int) -> Tensor:
+    """Lists [m, k] int32 on the CPU, -1 pads; query i of [m, D] sees keys 0..visible[i] - 1 of [n, D]."""
+    seen = int(visible[-1])
+    scores = queries @ keys[:seen].T
+    scores.masked_fill_(torch.arange(seen, device=keys.device) >= visible[:, None], float("-inf"))
+    best, ids = pad_topk(*scores.topk(min(k, seen)), k)
+    return ids.masked_fill_(best == float("-inf"), -1).int().cpu()
+
+
+def _causal_faiss(keys: Tensor, queries: Tensor, visible: Tensor, k: int) -> Tensor:
+    """As _causal_torch: faiss scans what a stair of queries sees together, native code the triangle that is left."""
+    m, dim = queries.shape
+    scores = torch.full((m, k), float("-inf"))
+    ids = torch.full((m, k), -1, dtype=torch.int32)
+    store = _native.KeyStore(keys.data_ptr(), 0, 1, len(keys), dim, keys.numel(), dim)
+    counts = visible.to(torch.int64).contiguous()
+    for begin in range(0, m, _STAIR):
+        stair = slice(begin, min(begin + _STAIR, m))
+        shared = int(counts[begin])
+        if shared:
+            width = min(k, shared)
+            best, found = _nearest_faiss(keys[:shared], queries[stair], width)
+            scores[stair, :width] = best
+            ids[stair, :width] = found.int()
+        _native.extend(
+            store,
+            queries[stair].data_ptr(),
+            counts[stair].data_ptr(),
+            stair.stop - begin,
+            shared,
+            k,
+            ids[stair].data_ptr(),
+            scores[stair].data_ptr(),
+        )
+    return ids

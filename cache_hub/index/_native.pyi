@@ -1,0 +1,37 @@
+class KeyStore:
+    def __init__(
+        self, address: int, dtype: int, heads: int, n: int, dim: int, head_stride: int, row_stride: int
+    ) -> None: ...
+
+def build(
+    keys: KeyStore,
+    query_lists: int,
+    lists_per_head: int,
+    list_width: int,
+    key_lists: int,
+    key_list_width: int,
+    degree: int,
+    query_links: int,
+    num_entries: int,
+    num_threads: int,
+    adjacency: int,
+    entries: int,
+) -> int: ...
+def extend(
+    keys: KeyStore, queries: int, visible: int, count: int, begin: int, k: int, ids: int, scores: int
+) -> None: ...
+def search(
+    keys: KeyStore,
+    adjacency: int,
+    degree: int,
+    entries: int,
+    num_entries: int,
+    queries: int,
+    group: int,
+    k: int,
+    ef: int,
+    num_threads: int,
+    ids: int,
+    scores: int,
+    keys_scored: int,
+) -> None: ...

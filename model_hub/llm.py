@@ -1,0 +1,289 @@
+"""The decoder: prefill and decode through a KV cache, and the generation loop made of them."""
+
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from attn_hub import full_prefill_attn
+from cache_hub import KV_Cache, make_cache
+from config import RetroInferConfig, resolve_strategy
+from model_hub.inputs import check_room, valid_lengths
+from model_hub.layers import DecoderLayer
+from model_hub.rotary import cos_sin
+from model_hub.sampling import Sampler
+from model_hub.spec import ModelSpec
+
+GREEDY = Sampler()
+
+
+@dataclass(frozen=True)
+class GenerationTiming:
+    """Seconds of one `generate`: prefill ends with the first token's logits, prepare waits for what the cache still
+    builds after it, decode is the `decode_steps` forward steps of the whole batch."""
+
+    prefill_seconds: float
+    prepare_seconds: float
+    decode_seconds: float
+    decode_steps: int
+
+
+class LLM:
+    """A decoder of the Llama or Qwen family whose attention reads a `KV_Cache`; made by `load_model`.
+
+    Public state: `layers` (each with `.device`), `spec`, `dtype`, `max_length` (prompt and new tokens together),
+    `layer_mapping` {"0": "cuda:0", ..}, `eos_ids`, `progress` (False: no progress bars; they show on terminals only),
+    `mlp_chunk` (tokens), and after `generate` its `cache` and `timing`.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layers: list[DecoderLayer],
+        embedding: Tensor,
+        norm: Tensor,
+        lm_head: Tensor,
+        max_length: int,
+        eos_ids: Collection[int],
+    ) -> None:
+        """embedding [V, d] on the first layer's device; norm [d] and lm_head [V, d] on the last layer's."""
+        self.spec = spec
+        self.layers = layers
+        self.embedding = embedding
+        self.norm = norm
+        self.lm_head = lm_head
+        self.max_length = max_length
+        self.eos_ids = frozenset(eos_ids)
+        self.layer_mapping = {str(index): str(layer.device) for index, layer in enumerate(layers)}
+        self.frequencies = spec.frequencies.to(layers[0].device)
+        self.progress = True
+        self.mlp_chunk = 65536
+        self.cache: KV_Cache | None = None
+        self.timing: GenerationTiming | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        attention_type: str,
+        inputs_ids: Tensor,
+        attention_masks: Tensor | None,
+        max_new_length: int,
+        attn_config: dict[str, Any],
+        do_sample: bool = False,
+        temperature: float = 0.6,
+        top_p: float = 0.95,
+        top_k: int = 20,
+        ignore_eos: bool = True,
+        prefill_bsz: int = 1,
+        prefill_method: str = "full",
+        diagnose: bool = False,
+    ) -> list[list[int]]:
+        """New token ids of each sequence; RetroInfer's signature and meaning, and `diagnose`.
+
+        attention_type: "Full_Flash_Attn", "RetroInfer" (the strategy that attn_config names) or a strategy's name.
+        inputs_ids, attention_masks: [B, L], left-padded; no mask means that all tokens are valid.
+        attn_config: {"RetroInfer": {..}} as `generate_config` makes it.
+        ignore_eos: True gives exactly max_new_length tokens, False ends each sequence with its first end token.
+        prefill_bsz: sequences that are prefilled together, where all are equally long (else one by one).
+        diagnose: compare each decode step with an exact scan, see `cache.stats.agreement`; slow.
+        Raises ValueError before work starts for input that cannot be served; see also `inputs` and `Sampler`.
+        """
+        if prefill_method != "full":
+            raise ValueError(f"prefill_method {prefill_method!r} is not supported; allowed: 'full'")
+        if not isinstance(attn_config, dict) or "RetroInfer" not in attn_config:
+            raise ValueError(
+                f'attn_config must be {{"RetroInfer": {{..}}}}, as of generate_config, not {attn_config!r}'
+            )
+        settings = RetroInferConfig(**attn_config["RetroInfer"])
+        strategy = resolve_strategy(attention_type, settings)
+        sampler = Sampler(do_sample, temperature, top_p, top_k)
+        lengths = valid_lengths(inputs_ids, attention_masks, self.spec.vocab_size)
+        cache = self.init_cache(strategy, settings, lengths, max_new_length, prefill_bsz, diagnose)
+
+        start = perf_counter()
+        logits = self._prefill_batch(inputs_ids, lengths, cache, prefill_bsz)
+        self._synchronize()
+        prefilled = perf_counter()
+        cache.prepare_cache()
+        self._synchronize()
+        prepared = perf_counter()
+        stop_ids = frozenset() if ignore_eos else self.eos_ids
+        first = sampler(logits)
+        rest = self.decode(cache, first, max_new_length - 1, sampler, stop_ids)
+        tokens = torch.cat((first[:, None], rest), dim=1).tolist()
+        self.cache = cache
+        self.timing = GenerationTiming(
+            prefilled - start, prepared - prefilled, perf_counter() - prepared, decode_steps=rest.shape[1]
+        )
+        return [_until_stop(sequence, stop_ids) for sequence in tokens]
+
+    def init_cache(
+        self,
+        strategy: str,
+        settings: RetroInferConfig,
+        lengths: list[int],
+        max_new_length: int,
+        prefill_bsz: int = 1,
+        diagnose: bool = False,
+    ) -> KV_Cache:
+        """An empty cache of `strategy` for prompts of these lengths. ValueError when they do not fit `max_length`."""
+        check_room(lengths, max_new_length, self.max_length, self.spec.window)
+        return make_cache(
+            strategy,
+            settings,
+            valid_start=None,
+            layer_num=self.spec.layer_num,
+            batch_size=len(lengths),
+            max_length=max(lengths) + max_new_length,
+            num_key_value_heads=self.spec.num_key_value_heads,
+            num_heads=self.spec.num_heads,
+            head_dim=self.spec.head_dim,
+            dtype=self.dtype,
+            layer_mapping=self.layer_mapping,
+            prefill_bsz=_group_size(lengths, prefill_bsz),
+            max_new_length=max_new_length,
+            diagnose=diagnose,
+        )
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, masks: Tensor | None, cache: KV_Cache, prefill_bsz: int = 1) -> Tensor:
+        """Fills `cache` with the prompts [B, L] and prepares it for decoding.
+
+        Returns the logits [B, V] float32 of each prompt's last token. `cache` is one that `init_cache` made with the
+        prompts' lengths and the same prefill_bsz. Raises ValueError for bad input, see `valid_lengths`.
+        """
+        logits = self._prefill_batch(ids, valid_lengths(ids, masks, self.spec.vocab_size), cache, prefill_bsz)
+        cache.prepare_cache()
+        return logits
+
+    @torch.inference_mode()
+    def decode_step(self, tokens: Tensor, cache: KV_Cache) -> Tensor:
+        """Appends one token to each sequence: tokens [B] -> logits [B, V] float32 of the next ones.
+
+        The tokens may be forced ones (teacher forcing). Raises ValueError for a cache that is not prefilled, or full.
+        """
+        lengths = cache.context_lengths(0)
+        if min(lengths) == 0:
+            raise ValueError("decode_step needs a prefilled cache, this one has an empty sequence")
+        if max(lengths) >= cache.max_length:
+            raise ValueError(f"the cache is full: it was made for {cache.max_length} tokens")
+        hidden = F.embedding(tokens.to(self.device)[:, None], self.embedding)
+        positions = torch.tensor(lengths).to(self.device, non_blocking=True)
+        cos, sin = self._cos_sin(positions[:, None])
+        for index, layer in enumerate(self.layers):
+            with _on(layer.device):
+                hidden, cos, sin = (states.to(layer.device) for states in (hidden, cos, sin))
+                query, key, value = layer.project(hidden, cos, sin)
+                cache.decode_update_kv_cache(key, value, index)
+                hidden = layer.finish(hidden, cache.compute(query, index), self.mlp_chunk)
+        return self._logits(hidden[:, -1])
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        cache: KV_Cache,
+        first_tokens: Tensor,
+        steps: int,
+        sampler: Sampler = GREEDY,
+        stop_ids: Collection[int] = (),
+    ) -> Tensor:
+        """The tokens [B, n] int64 that follow `first_tokens` [B]; n = `steps`, or fewer once every sequence has had
+        a token of `stop_ids` (what a sequence has behind its own is noise)."""
+        tokens, produced = first_tokens, []
+        stop = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=first_tokens.device)
+        stopped = torch.isin(first_tokens, stop)
+        for _ in tqdm(range(steps), desc="decode", unit="token", disable=self._hide_bars(), leave=False):
+            if stop_ids and bool(stopped.all()):
+                break
+            tokens = sampler(self.decode_step(tokens, cache))
+            produced.append(tokens)
+            if stop_ids:
+                stopped |= torch.isin(tokens, stop)
+        return torch.stack(produced, dim=1) if produced else first_tokens.new_empty((len(first_tokens), 0))
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Logits [B, L, V] float32 at every token of left-padded prompts under full attention; 0 at padding."""
+        lengths = valid_lengths(ids, masks, self.spec.vocab_size)
+        out = torch.zeros((*ids.shape, self.spec.vocab_size), device=self.layers[-1].device)
+        with self._layer_bar(len(lengths)) as bar:
+            for row, length in enumerate(lengths):
+                hidden = self._forward(ids[row : row + 1, -length:], None, row, bar)
+                out[row, -length:] = self._logits(hidden[0])
+        return out
+
+    def _prefill_batch(self, ids: Tensor, lengths: list[int], cache: KV_Cache, prefill_bsz: int) -> Tensor:
+        step = _group_size(lengths, prefill_bsz)
+        starts = range(0, len(lengths), step)
+        last = []
+        with self._layer_bar(len(starts)) as bar:
+            for start in starts:
+                group = ids[start : start + step, -lengths[start] :]
+                last.append(self._forward(group, cache, start, bar)[:, -1])
+        return self._logits(torch.cat(last))
+
+    def _forward(self, ids: Tensor, cache: KV_Cache | None, start_bdx: int, bar: tqdm) -> Tensor:
+        """Last layer's states [b, L, d] of equally long prompts ids [b, L], sequences start_bdx.. of the cache."""
+        hidden = F.embedding(ids.to(self.device), self.embedding)
+        cos, sin = self._cos_sin(torch.arange(ids.shape[1], device=self.device)[None])
+        for index, layer in enumerate(self.layers):
+            with _on(layer.device):
+                hidden, cos, sin = (states.to(layer.device) for states in (hidden, cos, sin))
+                query, key, value = layer.project(hidden, cos, sin)
+                if cache is not None:
+                    key, value = cache.prefill_update_kv_cache(query, key, value, index, start_bdx)
+                attended = full_prefill_attn(query, key, value, causal=True)
+                if cache is not None:
+                    cache.sync(index, start_bdx)
+                hidden = layer.finish(hidden, attended, self.mlp_chunk)
+            bar.update()
+        return hidden
+
+    def _cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return cos_sin(positions, self.frequencies, self.spec.rope_scaling, self.dtype)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        normed = F.rms_norm(hidden, self.norm.shape, self.norm, self.spec.norm_eps)
+        return F.linear(normed, self.lm_head).float()
+
+    def _layer_bar(self, groups: int) -> tqdm:
+        total = groups * len(self.layers)
+        return tqdm(total=total, desc="prefill", unit="layer", disable=self._hide_bars(), leave=False)
+
+    def _hide_bars(self) -> bool | None:
+        return None if self.progress else True
+
+    def _synchronize(self) -> None:
+        for device in {layer.device for layer in self.layers if layer.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+
+
+def _group_size(lengths: list[int], prefill_bsz: int) -> int:
+    """Sequences per prefill: prefill_bsz at most, 1 where lengths differ, because padding would be computed."""
+    if prefill_bsz < 1:
+        raise ValueError(f"prefill_bsz must be at least 1, got {prefill_bsz}")
+    return min(prefill_bsz, len(lengths)) if len(set(lengths)) == 1 else 1
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one: Triton launches on that, not on its tensors' device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _until_stop(tokens: list[int], stop_ids: Collection[int]) -> list[int]:
+    ends = [index for index, token in enumerate(tokens) if token in stop_ids]
+    return tokens[: ends[0] + 1] if ends else tokens
