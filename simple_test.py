@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs full attention and the chosen strategy; returns {"config", "environment", "results"}."""
     if args.batch_size < 1 or args.gen_len < 1 or args.context_len < 1:
         raise ValueError(
-            f"batch_size, gen_len, context_len: got {args.batch_size}, {args.gen_len}, {args.context_len}, allowed: >= 1"
+            f"batch_size, gen_len, context_len: got {args.batch_size}, {args.gen_len}, {args.context_len}; "
+            "allowed: >= 1"
         )
     if args.output:
         check_writable(args.output)

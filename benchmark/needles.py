@@ -1,4 +1,4 @@
-"""Needle questions over depths and haystacks, full attention beside a retrieval strategy: how many are answered rightly.
+"""Needle questions over depths and haystacks, full attention beside a retrieval strategy: how many answers are right.
 
 python -m benchmark.needles --output FILE asks 20 at 4,096 tokens. The file is rewritten after every question; a run
 with the same settings goes on where it stopped.

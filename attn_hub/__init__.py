@@ -1,0 +1,7 @@
+"""Attention arithmetic: dense prefill, and decode attention over weighted rows of any KV store."""
+
+from attn_hub.decode import weighted_decode_attention
+from attn_hub.parts import WeightedPart
+from attn_hub.prefill import full_prefill_attn
+
+__all__ = ["WeightedPart", "full_prefill_attn", "weighted_decode_attention"]

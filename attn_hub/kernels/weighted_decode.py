@@ -1,0 +1,232 @@
+"""Triton kernels of weighted decode attention: split-K flash-decoding over rows gathered by id, then one merge.
+
+Source: the split and merge of flash-decoding with the partial softmaxes of RetrievalAttention (arXiv 2409.10516)
+appendix B.1; additive log weights as in RetroInfer (arXiv 2505.02922). Rows are read where they lie, in GPU memory or
+in pinned host memory, once for all query heads that attend to them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attn_hub.parts import WeightedPart, check_parts
+
+# Programs started per multiprocessor, so that enough row reads are in flight to fill the memory's bandwidth.
+_PROGRAMS_PER_SM = 4
+_MERGE_BLOCK = 32
+# What changes from step to step must not compile a kernel anew.
+_VARYING = [
+    "num_rows", "num_splits", "first_split", "total_splits",
+    "stride_ib", "stride_il", "stride_wb", "stride_wh", "stride_wg",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def attend_rows_kernel(  # type: ignore[no-untyped-def]
+    query, keys, values, ids, log_weights, lengths, partial_out, partial_lse,
+    scale, num_rows, num_splits, first_split, total_splits, num_kv_heads,
+    stride_qb, stride_qh,
+    stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn,
+    stride_ib, stride_il, stride_it,
+    stride_wb, stride_wh, stride_wg, stride_wt,
+    stride_lb, stride_lh,
+    HEAD_DIM: tl.constexpr, HEADS_PER_LIST: tl.constexpr, LISTS_PER_KV_HEAD: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """One program: one split of one id list. Writes out [HEADS_PER_LIST, D] and lse of partial split `first_split + i`.
+
+    A list serves the HEADS_PER_LIST query heads of its kv head, or one of them.
+    """
+    split = tl.program_id(1)
+    lists = num_kv_heads * LISTS_PER_KV_HEAD
+    batch = (tl.program_id(0) // lists).to(tl.int64)
+    row_list = tl.program_id(0) % lists
+    kv_head = (row_list // LISTS_PER_KV_HEAD).to(tl.int64)
+
+    member = tl.arange(0, BLOCK_H)
+    head = row_list * HEADS_PER_LIST + member
+    head_ok = member < HEADS_PER_LIST
+    dim = tl.arange(0, BLOCK_D)
+    dim_ok = dim < HEAD_DIM
+    head_dim_ok = head_ok[:, None] & dim_ok[None, :]
+    q = tl.load(query + batch * stride_qb + head[:, None] * stride_qh + dim[None, :], mask=head_dim_ok, other=0.0)
+    q = q.to(COMPUTE)
+
+    length = num_rows
+    if lengths is not None:
+        length = tl.minimum(num_rows, tl.load(lengths + batch * stride_lb + kv_head * stride_lh).to(tl.int32))
+    rows_per_split = tl.cdiv(tl.cdiv(length, num_splits), BLOCK_N) * BLOCK_N
+    start = split * rows_per_split
+    stop = tl.minimum(start + rows_per_split, length)
+
+    keys += batch * stride_kb + kv_head * stride_kh
+    values += batch * stride_vb + kv_head * stride_vh
+    if log_weights is not None:
+        group: tl.constexpr = HEADS_PER_LIST * LISTS_PER_KV_HEAD
+        log_weights += batch * stride_wb + kv_head * stride_wh + (head % group)[:, None] * stride_wg
+
+    running_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for first in range(start, stop, BLOCK_N):
+        entry = first + tl.arange(0, BLOCK_N)
+        ok = entry < stop
+        row = entry.to(tl.int64)
+        if ids is not None:
+            row = tl.load(ids + batch * stride_ib + row_list * stride_il + row * stride_it, mask=ok, other=-1)
+            row = row.to(tl.int64)
+            ok = row >= 0
+        row_ok = ok[:, None] & dim_ok[None, :]
+        k = tl.load(keys + row[:, None] * stride_kn + dim[None, :], mask=row_ok, other=0.0).to(COMPUTE)
+        v = tl.load(values + row[:, None] * stride_vn + dim[None, :], mask=row_ok, other=0.0).to(COMPUTE)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if log_weights is not None:
+            weight_ok = head_ok[:, None] & ok[None, :]
+            weight = tl.load(log_weights + entry[None, :].to(tl.int64) * stride_wt, mask=weight_ok, other=0.0)
+            logits += weight.to(tl.float32)
+        logits = tl.where(ok[None, :], logits, float("-inf"))
+
+        new_max = tl.maximum(running_max, tl.max(logits, axis=1))
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.exp(logits - safe_max[:, None])
+        keep = tl.exp(running_max - safe_max)
+        total = total * keep + tl.sum(p, axis=1)
+        acc = acc * keep[:, None] + tl.dot(p.to(COMPUTE), v, input_precision="ieee")
+        running_max = new_max
+
+    # An empty split has lse -inf and out 0.
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    lse = tl.where(empty, float("-inf"), running_max + tl.log(total))
+    acc = acc / total[:, None]
+    heads = lists * HEADS_PER_LIST
+    slot = (batch * heads + head) * total_splits + first_split + split
+    tl.store(partial_lse + slot, lse, mask=head_ok)
+    tl.store(partial_out + slot[:, None] * HEAD_DIM + dim[None, :], acc, mask=head_dim_ok)
+
+
+@triton.jit(do_not_specialize=["total_splits"])
+def merge_splits_kernel(  # type: ignore[no-untyped-def]
+    partial_out, partial_lse, out, total_splits,
+    HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: one query head. Merges all splits of all parts by their log-sum-exp and casts to out's dtype."""
+    query_head = tl.program_id(0).to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    dim_ok = dim < HEAD_DIM
+    partial_lse += query_head * total_splits
+    partial_out += query_head * total_splits * HEAD_DIM
+
+    running_max = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, total_splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        ok = split < total_splits
+        lse = tl.load(partial_lse + split, mask=ok, other=float("-inf"))
+        part = tl.load(
+            partial_out + split[:, None] * HEAD_DIM + dim[None, :], mask=ok[:, None] & dim_ok[None, :], other=0.0
+        )
+        new_max = tl.maximum(running_max, tl.max(lse, axis=0))
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weight = tl.exp(lse - safe_max)
+        keep = tl.exp(running_max - safe_max)
+        total = total * keep + tl.sum(weight, axis=0)
+        acc = acc * keep + tl.sum(weight[:, None] * part, axis=0)
+        running_max = new_max
+    acc = acc / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + query_head * HEAD_DIM + dim, acc.to(out.dtype.element_ty), mask=dim_ok)
+
+
+def triton_weighted_decode_attention(
+    query: Tensor, parts: Sequence[WeightedPart], scale: float | None = None
+) -> Tensor:
+    """`attn_hub.weighted_decode_attention` by the kernels: CUDA tensors and pinned stores, or Triton's interpreter.
+
+    One launch per part and one merge, no synchronisation with the host: it can be captured in a CUDA graph.
+    """
+    check_parts(query, parts)
+    batch, _, heads, head_dim = query.shape
+    if query.stride(3) != 1:
+        query = query.contiguous()
+    scale = head_dim**-0.5 if scale is None else scale
+    splits = [_num_splits(query, part) for part in parts]
+    total_splits = sum(splits)
+    partial_out = torch.empty(batch, heads, total_splits, head_dim, dtype=torch.float32, device=query.device)
+    partial_lse = torch.empty(batch, heads, total_splits, dtype=torch.float32, device=query.device)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    with torch.cuda.device_of(query):
+        first_split = 0
+        for part, num_splits in zip(parts, splits, strict=True):
+            if num_splits:
+                _launch_part(query, part, scale, partial_out, partial_lse, num_splits, first_split, block_d)
+                first_split += num_splits
+        merge_splits_kernel[(batch * heads,)](
+            partial_out, partial_lse, out, total_splits, HEAD_DIM=head_dim, BLOCK_S=_MERGE_BLOCK, BLOCK_D=block_d
+        )
+    return out
+
+
+def _launch_part(
+    query: Tensor,
+    part: WeightedPart,
+    scale: float,
+    partial_out: Tensor,
+    partial_lse: Tensor,
+    num_splits: int,
+    first_split: int,
+    block_d: int,
+) -> None:
+    batch, _, heads, head_dim = query.shape
+    keys, values, ids, lengths = part.keys, part.values, part.ids, part.lengths
+    weights = part.grouped_log_weights(heads)
+    kv_heads, lists = keys.shape[1], _num_lists(part)
+    heads_per_list = heads // lists
+    attend_rows_kernel[(batch * lists, num_splits)](
+        query, keys, values, ids, weights, lengths, partial_out, partial_lse,
+        scale, part.num_rows, num_splits, first_split, partial_lse.shape[2], kv_heads,
+        query.stride(0), query.stride(2),
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        *(ids.stride() if ids is not None else (0, 0, 0)),
+        *(weights.stride() if weights is not None else (0, 0, 0, 0)),
+        *(lengths.stride() if lengths is not None else (0, 0)),
+        HEAD_DIM=head_dim, HEADS_PER_LIST=heads_per_list, LISTS_PER_KV_HEAD=lists // kv_heads,
+        BLOCK_H=max(16, triton.next_power_of_2(heads_per_list)),
+        BLOCK_N=_block_rows(part), BLOCK_D=block_d,
+        COMPUTE=_dot_dtype(query, keys),
+    )  # fmt: skip
+
+
+def _dot_dtype(query: Tensor, keys: Tensor) -> tl.dtype:
+    """The common dtype of query and keys, float32 if they differ; Triton's interpreter cannot multiply bfloat16."""
+    if query.dtype != keys.dtype or query.device.type == "cpu":
+        return tl.float32
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[query.dtype]
+
+
+def _num_lists(part: WeightedPart) -> int:
+    return part.keys.shape[1] if part.ids is None else part.ids.shape[1]
+
+
+def _block_rows(part: WeightedPart) -> int:
+    """Rows a program reads at a time: at most 16 KiB of keys, so that three stages fit any GPU's shared memory."""
+    row_bytes = part.keys.shape[3] * part.keys.element_size()
+    return 64 if row_bytes <= 256 else 32
+
+
+def _num_splits(query: Tensor, part: WeightedPart) -> int:
+    """Programs per id list: each has a block of rows at least, and together they fill the device."""
+    lists = query.shape[0] * _num_lists(part)
+    programs = _PROGRAMS_PER_SM * _multiprocessors(query.device)
+    return min(triton.cdiv(part.num_rows, _block_rows(part)), triton.cdiv(programs, lists))
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 4 for Triton's interpreter, so that small tests have several splits."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

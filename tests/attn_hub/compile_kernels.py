@@ -1,0 +1,40 @@
+"""Compile the weighted decode kernels for sm_80 and sm_90; run without a GPU and without Triton's interpreter."""
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from attn_hub.kernels.weighted_decode import attend_rows_kernel, merge_splits_kernel
+
+# Shared memory of one program: sm_86 and sm_89 have 99 KiB, the least of all GPUs since Ampere.
+SHARED_MEMORY_LIMIT = 99 * 1024
+
+
+def compile_kernel(kernel: triton.JITFunction, capability: int, types: dict[str, str], constants: dict) -> None:
+    """types: argument -> pointer or float type (all others are i32); constants: argument -> value."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    positions = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, positions)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    if compiled.metadata.shared > SHARED_MEMORY_LIMIT:
+        raise SystemExit(f"{kernel.__name__} on sm_{capability}: {compiled.metadata.shared} B of shared memory")
+
+
+def compile_attend(capability: int, store: str, block_rows: int, head_dim: int, optional: dict[str, str]) -> None:
+    compute = {"*bf16": tl.bfloat16, "*fp32": tl.float32}[store]
+    constants = {"HEAD_DIM": head_dim, "HEADS_PER_LIST": 4, "LISTS_PER_KV_HEAD": 1, "COMPUTE": compute}
+    constants |= {"BLOCK_H": 16, "BLOCK_N": block_rows, "BLOCK_D": triton.next_power_of_2(head_dim)}
+    constants |= {name: None for name in ("ids", "log_weights", "lengths") if name not in optional}
+    types = {"query": store, "keys": store, "values": store, "scale": "fp32"}
+    types |= {"partial_out": "*fp32", "partial_lse": "*fp32", **optional}
+    compile_kernel(attend_rows_kernel, capability, types, constants)
+
+
+if __name__ == "__main__":
+    compile_attend(80, "*bf16", 64, 128, {"lengths": "*i32"})
+    compile_attend(90, "*bf16", 64, 80, {"ids": "*i32", "log_weights": "*fp32"})
+    compile_attend(90, "*fp32", 32, 128, {"ids": "*i64"})
+    merge_types = {"partial_out": "*fp32", "partial_lse": "*fp32", "out": "*bf16"}
+    compile_kernel(merge_splits_kernel, 80, merge_types, {"HEAD_DIM": 80, "BLOCK_S": 32, "BLOCK_D": 128})
