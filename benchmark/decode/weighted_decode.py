@@ -1,7 +1,7 @@
 """Check and time the weighted decode kernels on one GPU: dense rows, rows gathered from GPU and pinned host memory.
 
-    python benchmark/decode/weighted_decode.py --output weighted_decode.json
-    python benchmark/decode/weighted_decode.py --smoke      # correctness only, tiny; interpreted without a GPU
+    python -m benchmark.decode.weighted_decode --output weighted_decode.json
+    python -m benchmark.decode.weighted_decode --smoke      # correctness only, tiny; interpreted without a GPU
 
 Every kernel result is first compared with the float32 reference on fresh random inputs; a mismatch stops the run.
 Times are medians of triton.testing.do_bench with a cold L2: `call_ms` is the Python call, host work included where the
@@ -10,13 +10,8 @@ rows once; beside it stands the copy bandwidth measured in the same run.
 """
 
 import argparse
-import json
 import os
-import platform
 import secrets
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from attn_hub import WeightedPart  # noqa: E402
-from attn_hub.reference import reference_weighted_decode_attention  # noqa: E402
+from attn_hub import WeightedPart
+from attn_hub.reference import reference_weighted_decode_attention
+from benchmark.results import check_writable, environment, write_json
 
 KV_HEADS, GROUP, HEAD_DIM, DTYPE = 8, 4, 128, torch.bfloat16
 DENSE_TOKENS = (32_768, 131_072)
@@ -141,41 +134,6 @@ def _median_ms(function: Callable[[], Any]) -> float:
     return do_bench(function, return_mode="median")
 
 
-def environment() -> dict[str, Any]:
-    import triton
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "commit": commit.stdout.strip() or None,
-    }
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        found |= {
-            "gpu": properties.name,
-            "gpu_memory_bytes": properties.total_memory,
-            "multiprocessors": properties.multi_processor_count,
-        }
-    return found
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write content whole or not at all; OSError leaves an older file as it was."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file for the results")
@@ -184,8 +142,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not arguments.smoke and not torch.cuda.is_available():
         parser.error("no CUDA device; only --smoke runs without one")
-    if arguments.output is not None and not arguments.output.resolve().parent.is_dir():
-        parser.error(f"--output {arguments.output}: there is no folder {arguments.output.resolve().parent}")
+    if arguments.output is not None:
+        check_writable(arguments.output)
     return arguments
 
 

@@ -15,10 +15,13 @@ LAYERS, STEPS = 2, 5
 class Run:
     """Prompts and generated tokens of random states, fed to a cache as a model would."""
 
-    def __init__(self, lengths: list[int], group: int = 3, kv_heads: int = 2, dim: int = 64, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(
+        self, lengths: list[int], group: int = 3, kv_heads: int = 2, dim: int = 64, device: str = "cpu"
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.device = device
         self.lengths, self.group, self.kv_heads, self.dim = lengths, group, kv_heads, dim
-        draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        draw = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731
         total, heads, batch = max(lengths) + STEPS, group * kv_heads, len(lengths)
         # Left-padded prompts followed by generated tokens.
         self.q = draw(LAYERS, batch, total, heads, dim)
@@ -36,7 +39,7 @@ class Run:
             "num_heads": self.kv_heads * self.group,
             "head_dim": self.dim,
             "dtype": torch.float32,
-            "layer_mapping": {str(layer): "cpu" for layer in range(LAYERS)},
+            "layer_mapping": {str(layer): self.device for layer in range(LAYERS)},
             "prefill_bsz": 1,
             "num_gpus": 0,
             "model_size": 8,
@@ -73,7 +76,7 @@ class Run:
             q = self.q[layer, b, max(self.lengths) + step].double()
             weights = torch.einsum("hd,nhd->hn", q, k).div(self.dim**0.5).softmax(1)
             outs[step, layer, b] = torch.einsum("hn,nhd->hd", weights, v).float()
-        return outs
+        return outs.to(self.device)
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
@@ -95,6 +98,19 @@ def test_retrieving_everything_equals_full_attention(strategy: str, lengths: lis
     run.prefill(cache)
     assert relative_error(run.decode(cache), run.full_attention()) < 1e-5
     assert cache.stats.attended_share == 1.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("lengths", [[63], [300, 131]])
+@pytest.mark.parametrize("strategy", RETRIEVAL_STRATEGIES)
+def test_retrieving_everything_on_a_gpu_with_the_prompt_in_pinned_memory(strategy: str, lengths: list[int]) -> None:
+    run = Run(lengths, group=4, dim=128, device="cuda:0")
+    everything = {"top_k": 300, "ef_search": 300, "key_degree": 8, "key_links": 4, "index_dtype": "auto"}
+    settings = RetroInferConfig(retrieval_strategy=strategy, attention_aware_graph=everything)
+    cache = make_cache(strategy, settings, **run.common(diagnose=True))
+    run.prefill(cache)
+    assert relative_error(run.decode(cache), run.full_attention()) < 1e-4
 
 
 def test_flat_attends_to_the_exact_top_k_of_the_group_and_the_static_tokens() -> None:
