@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ class NeedlePrompt:
 
 
 def needle_prompt(tokenizer: Any, tokens: int, depth: float, haystack: str = "text", seed: int = 2025) -> NeedlePrompt:
-    """The longest prompt of at most `tokens` tokens with the needle at `depth` (0 = start, 1 = end) of the haystack.
+    """The longest prompt of at most `tokens` tokens with the needle at `depth` (0 = start, 1 = end) of the haystack,
+    in text behind the end of a sentence.
 
     Raises ValueError for an unknown haystack, a depth outside [0, 1], or too few tokens for the question alone.
     """
@@ -37,32 +37,31 @@ def needle_prompt(tokenizer: Any, tokens: int, depth: float, haystack: str = "te
     rng = random.Random(f"{seed}/{depth}/{haystack}")
     key = f"{rng.choice(_COLOURS)}-{rng.choice(_THINGS)}"
     answer = str(rng.randint(1_000_000, 9_999_999))
-    pieces = _sentences(tokens) if haystack == "text" else [_NOISE] * (tokens // 8)
-    join = " " if haystack == "text" else "\n"
+    units, join = (_words(tokens), " ") if haystack == "text" else ([_NOISE] * (tokens // 8), "\n")
+    needle = f"One of the special magic numbers for {key} is: {answer}."
 
     def prompt(count: int) -> str:
         at = round(count * depth)
-        needle = f"One of the special magic numbers for {key} is: {answer}."
-        return _question(tokenizer, key, join.join([*pieces[:at], needle, *pieces[at:count]]))
+        while haystack == "text" and 0 < at < count and not units[at - 1].endswith((".", "!", "?")):
+            at -= 1
+        return _question(tokenizer, key, join.join([*units[:at], needle, *units[at:count]]))
 
     def fits(count: int) -> bool:
         return len(tokenizer(prompt(count), add_special_tokens=False).input_ids) <= tokens
 
     if not fits(0):
         raise ValueError(f"context_len: got room for {tokens} tokens, which the question alone exceeds")
-    low, high = 0, len(pieces)
+    low, high = 0, len(units)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return NeedlePrompt(prompt(low), answer, depth, haystack)
 
 
-def _sentences(tokens: int) -> list[str]:
-    text = re.sub(r"\s+", " ", TEXT.read_text(encoding="utf-8")).strip()
-    sentences = re.split(r"(?<=[.!?]) (?=[A-Z`])", text)
-    characters = sum(map(len, sentences))
-    # A token is at least one character; prose has about four.
-    return sentences * (1 + 6 * tokens // characters)
+def _words(tokens: int) -> list[str]:
+    """The text's words, repeated until they are more than `tokens`, as a word is a token at least."""
+    words = TEXT.read_text(encoding="utf-8").split()
+    return words * (1 + tokens // len(words))
 
 
 def _question(tokenizer: Any, key: str, context: str) -> str:

@@ -72,7 +72,7 @@ def main() -> int:
     attn_config = config_from_args(args, args.model_name, args.context_len)
     config = {**{key: value for key, value in vars(args).items() if key != "output"}, **attn_config}
     check_writable(args.output)
-    answered = resume(Path(args.output), config)
+    answered, where = resume(Path(args.output), config), environment()
     strategy = resolve_strategy(args.attn_type, RetroInferConfig(**attn_config["RetroInfer"]))
     strategies = list(dict.fromkeys(("full", strategy)))
     tokenizer = load_tokenizer(args.model_name)
@@ -97,7 +97,7 @@ def main() -> int:
             for name in strategies
         }
         answered[key] = {"expected": needle.answer, "results": results}
-        outcome = {"config": config, "environment": environment(), "summary": summary(answered, strategies)}
+        outcome = {"config": config, "environment": where, "summary": summary(answered, strategies)}
         write_json(args.output, {**outcome, "questions": answered})
     print(json.dumps(summary(answered, strategies), indent=2))
     return 0

@@ -262,7 +262,7 @@ class LLM:
 
     def _layer_bar(self, groups: int) -> tqdm:
         total = groups * len(self.layers)
-        return tqdm(total=total, desc="prefill", unit="layer", disable=self._hide_bars(), leave=False)
+        return tqdm(total=total, desc="prefill and build", unit="layer", disable=self._hide_bars(), leave=False)
 
     def _hide_bars(self) -> bool | None:
         return None if self.progress else True
