@@ -17,7 +17,7 @@ from .base import pad_topk
 # Keys that one task looks up at once: enough for full speed, few enough that all threads end together.
 _KEY_BLOCK = 1024
 # Queries whose shared keys faiss scans at once; the keys that only some of them see are scanned one by one.
-_STAIR = 512
+_STAIR = 256
 
 
 def choose_backend(name: str, device: torch.device) -> str:
@@ -109,12 +109,17 @@ def _run(
         return
     import faiss
 
+    # faiss multiplies matrices only from this many query elements on (128,000: far above a block that pays already).
+    threshold = faiss.cvar.distance_compute_blas_threshold
+    faiss.cvar.distance_compute_blas_threshold = 0
     # One OpenMP thread in each: many short parallel regions wait for one another, worst where cores are shared.
-    with ThreadPoolExecutor(
-        threads or torch.get_num_threads(), initializer=faiss.omp_set_num_threads, initargs=(1,)
-    ) as pool:
-        for done in [pool.submit(work, *task) for task in tasks]:
-            done.result()
+    one_each = {"initializer": faiss.omp_set_num_threads, "initargs": (1,)}
+    try:
+        with ThreadPoolExecutor(threads or torch.get_num_threads(), **one_each) as pool:
+            for done in [pool.submit(work, *task) for task in tasks]:
+                done.result()
+    finally:
+        faiss.cvar.distance_compute_blas_threshold = threshold
 
 
 def _nearest_faiss(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
