@@ -113,9 +113,9 @@ def _run(
     threshold = faiss.cvar.distance_compute_blas_threshold
     faiss.cvar.distance_compute_blas_threshold = 0
     # One OpenMP thread in each: many short parallel regions wait for one another, worst where cores are shared.
-    one_each = {"initializer": faiss.omp_set_num_threads, "initargs": (1,)}
+    workers = threads or torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(threads or torch.get_num_threads(), **one_each) as pool:
+        with ThreadPoolExecutor(workers, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
             for done in [pool.submit(work, *task) for task in tasks]:
                 done.result()
     finally:
