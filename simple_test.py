@@ -80,7 +80,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         data = [needle.text], [needle.answer]
     prompts, expected = ((texts * args.batch_size)[: args.batch_size] for texts in data)
     special_tokens = args.data_path is not None
-    longest = max(len(tokenizer(prompt, add_special_tokens=special_tokens).input_ids) for prompt in prompts)
+    lengths = [len(tokenizer(prompt, add_special_tokens=special_tokens).input_ids) for prompt in prompts]
+    if not lengths or min(lengths) == 0:
+        raise ValueError(f"data_path: got prompts of {lengths} tokens, allowed: at least one prompt, none empty")
+    longest = max(lengths)
     attn_config = config_from_args(args, args.model_name, longest)
     strategy = resolve_strategy(args.attn_type, RetroInferConfig(**attn_config["RetroInfer"]))
     llm = load_model(args.model_name, longest + args.gen_len, args.dtype, args.device, tokenizer, lora=args.lora)

@@ -42,9 +42,13 @@ def peak_memory_bytes() -> int:
 
 
 def write_json(path: str | Path, record: Any) -> None:
-    """Writes a JSON file whole or not at all. Raises OSError (a full disk, say) and leaves what was there before."""
+    """Writes a JSON file as write_text does."""
+    write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file whole or not at all. Raises OSError (a full disk, say) and leaves what was there before."""
     path = Path(path)
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -24,9 +24,10 @@ class KV_Cache(ABC):
     then prepare_cache once; then per step and layer decode_update_kv_cache, compute.
 
     valid_start [batch]: left-padding tokens of each sequence in the prefill tensors (None: none). max_length: longest
-    prompt + max_new_length. layer_mapping: {str(layer): device}, where the layer computes (default: CPU). num_gpus and
-    model_size are taken because RetroInfer's callers pass them; nothing depends on them. diagnose: compare every decode
-    step with an exact scan, slowly, and keep the sums in stats.agreement.
+    prompt + max_new_length; max_new_length 0 leaves the split between both open. layer_mapping: {str(layer): device},
+    where the layer computes (default: CPU). num_gpus and model_size are taken because RetroInfer's callers pass them;
+    nothing depends on them. diagnose: compare every decode step with an exact scan, slowly, and keep the sums in
+    stats.agreement.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class KV_Cache(ABC):
         num_heads: int,
         head_dim: int,
         dtype: torch.dtype,
-        max_new_length: int,
+        max_new_length: int = 0,
         valid_start: Sequence[int] | np.ndarray | None = None,
         layer_mapping: Mapping[str, str] | None = None,
         prefill_bsz: int = 1,

@@ -41,6 +41,7 @@ class TokenIndexCache(KV_Cache):
     def __init__(
         self,
         *,
+        max_new_length: int,
         static_pattern_start: int = 4,
         static_pattern_end: int = 64,
         core: int | None = None,
@@ -48,7 +49,9 @@ class TokenIndexCache(KV_Cache):
         min_indexed: int = 0,
         **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(max_new_length=max_new_length, **common)
+        if max_new_length < 1:
+            raise ValueError(f"max_new_length: got {max_new_length}, allowed: >= 1")
         if top_k < 1:
             raise ValueError(f"top_k: got {top_k}, allowed: >= 1")
         if static_pattern_start < 0 or static_pattern_end < 1:

@@ -1,5 +1,6 @@
 // Python bindings. Tensors come as addresses: the caller owns them, keeps them alive and has checked their shapes.
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include <memory>
 #include <mutex>
@@ -12,12 +13,18 @@ using namespace rag;
 namespace {
 
 // The pool of the latest thread count asked for; a caller that still works with the one before keeps that alive.
+// A forked child has none of its parent's threads: it leaves their pool alone and makes its own.
 std::shared_ptr<ThreadPool> threads(int count) {
     static std::mutex mutex;
-    static std::shared_ptr<ThreadPool> pool;
+    static auto* pool = new std::shared_ptr<ThreadPool>;
+    static pid_t owner = getpid();
     std::lock_guard<std::mutex> lock(mutex);
-    if (!pool || pool->size() != count) pool = std::make_shared<ThreadPool>(count);
-    return pool;
+    if (owner != getpid()) {
+        pool = new std::shared_ptr<ThreadPool>;
+        owner = getpid();
+    }
+    if (!*pool || (*pool)->size() != count) *pool = std::make_shared<ThreadPool>(count);
+    return *pool;
 }
 
 template <class T>

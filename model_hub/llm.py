@@ -1,6 +1,6 @@
 """The decoder: prefill and decode through a KV cache, and the generation loop made of them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
@@ -112,10 +112,11 @@ class LLM:
         strategy = resolve_strategy(attention_type, settings)
         sampler = Sampler(do_sample, temperature, top_p, top_k)
         lengths = valid_lengths(inputs_ids, attention_masks, self.spec.vocab_size)
+        self.cache = None  # frees the cache of an earlier call before a new one is made
         cache = self.init_cache(strategy, settings, lengths, max_new_length, prefill_bsz, diagnose)
 
         start = perf_counter()
-        logits = self._prefill_batch(inputs_ids, lengths, cache, prefill_bsz)
+        logits = self._prefill_batch(inputs_ids, lengths, [cache], prefill_bsz)
         self._synchronize()
         prefilled = perf_counter()
         cache.prepare_cache()
@@ -160,14 +161,18 @@ class LLM:
         )
 
     @torch.inference_mode()
-    def prefill(self, ids: Tensor, masks: Tensor | None, cache: KV_Cache, prefill_bsz: int = 1) -> Tensor:
-        """Fills `cache` with the prompts [B, L] and prepares it for decoding.
+    def prefill(
+        self, ids: Tensor, masks: Tensor | None, caches: KV_Cache | Sequence[KV_Cache], prefill_bsz: int = 1
+    ) -> Tensor:
+        """Fills one or more caches with the prompts [B, L] and prepares them for decoding.
 
-        Returns the logits [B, V] float32 of each prompt's last token. `cache` is one that `init_cache` made with the
-        prompts' lengths and the same prefill_bsz. Raises ValueError for bad input, see `valid_lengths`.
+        Returns the logits [B, V] float32 of each prompt's last token. The caches are ones that `init_cache` made with
+        the prompts' lengths and the same prefill_bsz. Raises ValueError for bad input, see `valid_lengths`.
         """
-        logits = self._prefill_batch(ids, valid_lengths(ids, masks, self.spec.vocab_size), cache, prefill_bsz)
-        cache.prepare_cache()
+        filled = [caches] if isinstance(caches, KV_Cache) else caches
+        logits = self._prefill_batch(ids, valid_lengths(ids, masks, self.spec.vocab_size), filled, prefill_bsz)
+        for cache in filled:
+            cache.prepare_cache()
         return logits
 
     @torch.inference_mode()
@@ -222,32 +227,32 @@ class LLM:
         out = torch.zeros((*ids.shape, self.spec.vocab_size), device=self.layers[-1].device)
         with self._layer_bar(len(lengths)) as bar:
             for row, length in enumerate(lengths):
-                hidden = self._forward(ids[row : row + 1, -length:], None, row, bar)
+                hidden = self._forward(ids[row : row + 1, -length:], (), row, bar)
                 out[row, -length:] = self._logits(hidden[0])
         return out
 
-    def _prefill_batch(self, ids: Tensor, lengths: list[int], cache: KV_Cache, prefill_bsz: int) -> Tensor:
+    def _prefill_batch(self, ids: Tensor, lengths: list[int], caches: Sequence[KV_Cache], prefill_bsz: int) -> Tensor:
         step = _group_size(lengths, prefill_bsz)
         starts = range(0, len(lengths), step)
         last = []
         with self._layer_bar(len(starts)) as bar:
             for start in starts:
                 group = ids[start : start + step, -lengths[start] :]
-                last.append(self._forward(group, cache, start, bar)[:, -1])
+                last.append(self._forward(group, caches, start, bar)[:, -1])
         return self._logits(torch.cat(last))
 
-    def _forward(self, ids: Tensor, cache: KV_Cache | None, start_bdx: int, bar: tqdm) -> Tensor:
-        """Last layer's states [b, L, d] of equally long prompts ids [b, L], sequences start_bdx.. of the cache."""
+    def _forward(self, ids: Tensor, caches: Sequence[KV_Cache], start_bdx: int, bar: tqdm) -> Tensor:
+        """Last layer's states [b, L, d] of equally long prompts ids [b, L], sequences start_bdx.. of the caches."""
         hidden = F.embedding(ids.to(self.device), self.embedding)
         cos, sin = self._cos_sin(torch.arange(ids.shape[1], device=self.device)[None])
         for index, layer in enumerate(self.layers):
             with _on(layer.device):
                 hidden, cos, sin = (states.to(layer.device) for states in (hidden, cos, sin))
                 query, key, value = layer.project(hidden, cos, sin)
-                if cache is not None:
-                    key, value = cache.prefill_update_kv_cache(query, key, value, index, start_bdx)
+                for cache in caches:
+                    cache.prefill_update_kv_cache(query, key, value, index, start_bdx)
                 attended = full_prefill_attn(query, key, value, causal=True)
-                if cache is not None:
+                for cache in caches:
                     cache.sync(index, start_bdx)
                 hidden = layer.finish(hidden, attended, self.mlp_chunk)
             bar.update()

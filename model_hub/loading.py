@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from model_hub.convert import build_llm
 from model_hub.embedded import ADAPTER, EMBEDDED_NAMES, fetch_embedded, is_embedded
-from model_hub.gguf_file import gguf_config, gguf_rope_divisors, load_gguf, open_gguf
+from model_hub.gguf_file import gguf_config, gguf_rope_divisors, gguf_tokenizer, load_gguf
 from model_hub.llm import LLM
 from model_hub.spec import ModelSpec, check_family
 
@@ -35,16 +34,7 @@ class ModelSource:
 def load_tokenizer(model_name: str, cache_dir: str | Path | None = None) -> Tokenizer:
     """The tokenizer of a model (names as in `load_model`); pads on the left, with the end token if it has no other."""
     source = find_model(model_name, cache_dir)
-    if source.gguf is None:
-        tokenizer = AutoTokenizer.from_pretrained(source.name)
-    else:
-        fields = open_gguf(source.gguf).fields
-        tokenizer = AutoTokenizer.from_pretrained(source.gguf.parent, gguf_file=source.gguf.name)
-        if fields.get("tokenizer.ggml.pre") == "smollm":
-            # transformers knows no "smollm" and would join spaces to the digit behind them
-            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-                [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-            )
+    tokenizer = AutoTokenizer.from_pretrained(source.name) if source.gguf is None else gguf_tokenizer(source.gguf)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -78,9 +68,8 @@ def load_model(
     lora_folder = _find_lora(model_name, lora)
     source = find_model(model_name, cache_dir)
 
-    file = None if source.gguf is None else open_gguf(source.gguf)
-    config = AutoConfig.from_pretrained(source.name) if file is None else gguf_config(file)
-    rope_divisors = None if file is None else gguf_rope_divisors(file)
+    config = AutoConfig.from_pretrained(source.name) if source.gguf is None else gguf_config(source.gguf)
+    rope_divisors = None if source.gguf is None else gguf_rope_divisors(source.gguf)
     if lora_folder is not None and (lora_folder / "rope.json").is_file():
         rope = json.loads((lora_folder / "rope.json").read_text(encoding="utf-8"))
         config.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
@@ -91,8 +80,8 @@ def load_model(
         raise ValueError(f"max_len {max_len} is above the {spec.window} positions of {model_name}")
 
     load_dtype = torch_dtype if lora_folder is None else torch.float32
-    if file is not None:
-        model = load_gguf(file, config, load_dtype)
+    if source.gguf is not None:
+        model = load_gguf(source.gguf, config, load_dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(source.name, config=config, dtype=load_dtype, use_safetensors=True)
     if lora_folder is not None:
@@ -106,7 +95,7 @@ def find_model(name: str, cache_dir: str | Path | None = None) -> ModelSource:
     Raises FileNotFoundError where nothing usable is, ValueError for another family.
     """
     if is_embedded(name):
-        return ModelSource(name, fetch_embedded(cache_dir))
+        return ModelSource(str(fetch_embedded(cache_dir)))
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(name, path)

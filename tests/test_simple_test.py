@@ -168,6 +168,15 @@ def test_a_broken_data_file_is_refused(content: str, tmp_path: Path) -> None:
         simple_test.read_prompts(str(path))
 
 
+@pytest.mark.parametrize("content", ["[]", '[{"input": "", "outputs": "b"}]'])
+def test_an_empty_prompt_is_refused(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(content)
+    monkeypatch.setattr(simple_test, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match="allowed: at least one prompt, none empty"):
+        simple_test.run(simple_test.parse_args(["--data_path", str(path)]))
+
+
 def test_prompts_from_a_data_file(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_text('[{"input": "a", "outputs": "b"}, {"input": "c", "outputs": ["d", "e"]}]')

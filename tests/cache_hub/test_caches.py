@@ -222,7 +222,8 @@ def test_a_prompt_longer_than_the_cache_is_refused() -> None:
         ({"key_degree": 0}, r"key_degree: got 0, allowed: >= 2"),
         ({"static_pattern_end": 0}, r"static_pattern_start, static_pattern_end: got 4, 0"),
         ({"num_heads": 7}, r"num_heads: got 7, allowed: a multiple of 2 kv heads"),
-        ({"max_new_length": 0, "max_length": 0}, r"max_length: got 0"),
+        ({"max_length": 5}, r"max_length: got 5, allowed: more than max_new_length = 5"),
+        ({"max_new_length": 0}, r"max_new_length: got 0, allowed: >= 1"),
     ],
 )
 def test_bad_options_are_answered_with_what_is_allowed(options: dict[str, int], message: str) -> None:

@@ -89,15 +89,13 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 @pytest.fixture(scope="session")
 def smollm2_reference(smollm2: object) -> PreTrainedModel:
-    """SmolLM2 read from the GGUF file by transformers itself, with the adapter added by hand as its README says."""
-    file = embedded.fetch_embedded()
+    """SmolLM2 in transformers' own model, with the adapter added by hand as its README says."""
+    folder = embedded.fetch_embedded()
     rope = json.loads((embedded.ADAPTER / "rope.json").read_text())
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    config = AutoConfig.from_pretrained(folder)
     config.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     config.max_position_embeddings = rope["max_position_embeddings"]
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, config=config, dtype=torch.float32
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
     adapter = json.loads((embedded.ADAPTER / "adapter_config.json").read_text())
     states = load_file(embedded.ADAPTER / "adapter_model.safetensors")
     parameters = dict(model.named_parameters())

