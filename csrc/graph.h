@@ -34,11 +34,13 @@ struct BuildOptions {
     int64_t degree;       // links of a key in all
     int64_t query_links;  // of these at most, from projected query lists
     int64_t num_entries;
+    int64_t queries;      // lists of one query head, in the order of the text
 };
 
 // Projects query -> key lists to links among the keys (RoarGraph, arXiv 2408.08933, projection step, restated so that
 // every stage reads only the finished one before), adds the nearest keys of `key_lists` up to the degree, and repairs
-// reachability. adjacency: [n, degree], -1 pads at the end; entries: [num_entries], -1 pads at the end.
+// reachability. Entries are, half and half, the keys most often ranked first by all queries and by the last ones, which
+// decode queries resemble most. adjacency: [n, degree], -1 pads at the end; entries: [num_entries], -1 pads at the end.
 // Returns the number of keys that had to be linked to become reachable.
 int64_t build_graph(const Rows& keys, const Lists& query_lists, const Lists& key_lists, const BuildOptions& options,
                     ThreadPool& pool, int32_t* adjacency, int32_t* entries);

@@ -7,6 +7,7 @@ namespace rag {
 namespace {
 
 constexpr int64_t kNodesPerTask = 64;
+constexpr int64_t kLateQueries = 32;
 
 // Compressed lists: the members of group i are members[begin[i] .. begin[i + 1]).
 struct Groups {
@@ -108,6 +109,35 @@ std::vector<int32_t> project_queries(const Rows& keys, const Lists& lists, const
     return both;
 }
 
+// [num_entries], -1 pads: first the keys most often ranked first by any query, then those by the last queries.
+void choose_entries(const Lists& lists, int64_t n, const BuildOptions& options, int32_t* entries) {
+    std::vector<int64_t> votes(n, 0), late_votes(n, 0);
+    for (int64_t i = 0; i < lists.count; ++i) {
+        const int32_t pivot = lists.row(i)[0];
+        if (pivot < 0) continue;
+        ++votes[pivot];
+        if (i % options.queries >= options.queries - kLateQueries) ++late_votes[pivot];
+    }
+    std::vector<int32_t> order(n);
+    std::iota(order.begin(), order.end(), 0);
+    std::vector<uint8_t> chosen(n, 0);
+    int64_t filled = 0;
+    auto take_until = [&](int64_t count, auto&& before) {
+        const int64_t candidates = std::min(options.num_entries, n);
+        std::partial_sort(order.begin(), order.begin() + candidates, order.end(), before);
+        for (int64_t i = 0; i < candidates && filled < count; ++i)
+            if (!chosen[order[i]]) chosen[entries[filled++] = order[i]] = 1;
+    };
+    take_until((std::min(options.num_entries, n) + 1) / 2, [&](int32_t a, int32_t b) {
+        return votes[a] != votes[b] ? votes[a] > votes[b] : a < b;
+    });
+    take_until(std::min(options.num_entries, n), [&](int32_t a, int32_t b) {
+        if (late_votes[a] != late_votes[b]) return late_votes[a] > late_votes[b];
+        return votes[a] != votes[b] ? votes[a] > votes[b] : a < b;
+    });
+    std::fill(entries + filled, entries + options.num_entries, -1);
+}
+
 // Walks the graph from the entries and gives every key not met a link from a near key that was. The links of the walk
 // (one into every key met) are never given up, so nothing that is reachable gets lost.
 class Reachability {
@@ -206,16 +236,7 @@ int64_t build_graph(const Rows& keys, const Lists& query_lists, const Lists& key
     const int64_t n = keys.n, degree = options.degree, query_links = options.query_links;
     const Groups by_pivot = group_by_pivot(query_lists, n);
 
-    // Entries: the keys most often ranked first.
-    std::vector<int32_t> order(n);
-    std::iota(order.begin(), order.end(), 0);
-    const auto votes = [&](int32_t x) { return by_pivot.begin[x + 1] - by_pivot.begin[x]; };
-    const int64_t count = std::min(options.num_entries, n);
-    std::partial_sort(order.begin(), order.begin() + count, order.end(), [&](int32_t a, int32_t b) {
-        return votes(a) != votes(b) ? votes(a) > votes(b) : a < b;
-    });
-    std::fill(std::copy_n(order.begin(), count, entries), entries + options.num_entries, -1);
-
+    choose_entries(query_lists, n, options, entries);
     const std::vector<int32_t> projected = project_queries(keys, query_lists, by_pivot, query_links, pool);
     pool.parallel_for(n, kNodesPerTask, [&](int64_t x) {
         int32_t* out = adjacency + x * degree;

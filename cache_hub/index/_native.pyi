@@ -6,7 +6,8 @@ class KeyStore:
 def build(
     keys: KeyStore,
     query_lists: int,
-    lists_per_head: int,
+    group: int,
+    queries: int,
     list_width: int,
     key_lists: int,
     key_list_width: int,

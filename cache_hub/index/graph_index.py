@@ -68,7 +68,8 @@ class AttentionAwareGraphIndex(TokenIndex):
         self.repaired_keys = _native.build(
             as_key_store(keys),
             by_query.data_ptr(),
-            group * m,
+            group,
+            m,
             o.q_knn,
             by_key.data_ptr(),
             by_key.shape[2],

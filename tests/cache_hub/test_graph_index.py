@@ -51,6 +51,17 @@ def test_every_key_is_reachable_where_query_links_alone_leave_islands() -> None:
     assert all(len(reachable(index, row)) == 500 for row in range(2))
 
 
+def test_entries_are_the_keys_that_most_queries_and_the_last_queries_rank_first() -> None:
+    index, keys, queries = build(900, group=1, rows=1, num_entries=8)
+    seen = torch.arange(900)[None, :] <= torch.arange(900)[:, None]
+    first = (queries[0, 0] @ keys[0].T).masked_fill(~seen, float("-inf")).argmax(1)
+    entries = set(index.entries[0].tolist())
+    votes = first.bincount(minlength=900)
+    assert set(votes.topk(4).indices.tolist()) <= entries
+    late = first[-32:].bincount(minlength=900)
+    assert late[list(entries)].sum() >= late.topk(4).values.sum()
+
+
 @pytest.mark.parametrize("other_threads", [2, 5])
 def test_same_graph_for_any_thread_count(other_threads: int) -> None:
     one, _, queries = build(700, num_threads=1)
