@@ -73,8 +73,8 @@ class GraphConfig(Section):
     num_entries: int = Field(
         default=64,
         ge=1,
-        description="keys where each search starts, half those that most prompt queries rank first, half those that the "
-        "last ones do. Several, because one entry point may be cut off from whole regions; 64 are few beside the "
+        description="keys where each search starts, half those that most prompt queries rank first, half those that "
+        "the last ones do. Several, because one entry point may be cut off from whole regions; 64 are few beside the "
         "thousand keys and more that a search scores",
     )
 
