@@ -59,18 +59,15 @@ PYBIND11_MODULE(_native, m) {
            uintptr_t key_lists, int64_t key_list_width, int64_t degree, int64_t query_links, int64_t num_entries, int num_threads,
            uintptr_t adjacency, uintptr_t entries) {
             py::gil_scoped_release release;
-            const auto pool = threads(num_threads);
             const int64_t lists_per_head = group * queries;
-            int64_t repaired = 0;
-            for (int64_t h = 0; h < keys.heads; ++h) {
-                const Lists by_query{at<const int32_t>(query_lists) + h * lists_per_head * list_width, lists_per_head,
-                                     list_width};
-                const Lists by_key{at<const int32_t>(key_lists) + h * keys.n * key_list_width, keys.n, key_list_width};
-                repaired += build_graph(keys.head(h), by_query, by_key, {degree, query_links, num_entries, queries},
-                                        *pool, at<int32_t>(adjacency) + h * keys.n * degree,
-                                        at<int32_t>(entries) + h * num_entries);
-            }
-            return repaired;
+            std::vector<HeadInput> heads;
+            for (int64_t h = 0; h < keys.heads; ++h)
+                heads.push_back({keys.head(h),
+                                 {at<const int32_t>(query_lists) + h * lists_per_head * list_width, lists_per_head, list_width},
+                                 {at<const int32_t>(key_lists) + h * keys.n * key_list_width, keys.n, key_list_width},
+                                 at<int32_t>(adjacency) + h * keys.n * degree,
+                                 at<int32_t>(entries) + h * num_entries});
+            return build_graphs(heads, {degree, query_links, num_entries, queries}, *threads(num_threads));
         },
         "Builds the graph of every kv head; returns how many keys had to be linked to become reachable.");
 

@@ -37,13 +37,20 @@ struct BuildOptions {
     int64_t queries;      // lists of one query head, in the order of the text
 };
 
-// Projects query -> key lists to links among the keys (RoarGraph, arXiv 2408.08933, projection step, restated so that
-// every stage reads only the finished one before), adds the nearest keys of `key_lists` up to the degree, and repairs
-// reachability. Entries are, half and half, the keys most often ranked first by all queries and by the last ones, which
-// decode queries resemble most. adjacency: [n, degree], -1 pads at the end; entries: [num_entries], -1 pads at the end.
+// One kv head: what its graph is built from, and where it goes. All heads of one build have equally many keys.
+struct HeadInput {
+    Rows keys;
+    Lists query_lists;   // nearest keys of every prompt query
+    Lists key_lists;     // nearest keys of every key
+    int32_t* adjacency;  // [n, degree], -1 pads at the end
+    int32_t* entries;    // [num_entries], -1 pads at the end
+};
+
+// Projects query -> key lists to links among the keys (RoarGraph, arXiv 2408.08933, projection step), adds the nearest
+// keys up to the degree, and repairs reachability. Entries are, half and half, the keys most often ranked first by all
+// queries and by the last ones, which decode queries resemble most.
 // Returns the number of keys that had to be linked to become reachable.
-int64_t build_graph(const Rows& keys, const Lists& query_lists, const Lists& key_lists, const BuildOptions& options,
-                    ThreadPool& pool, int32_t* adjacency, int32_t* entries);
+int64_t build_graphs(const std::vector<HeadInput>& inputs, const BuildOptions& options, ThreadPool& pool);
 
 struct Graph {
     Rows keys;

@@ -82,33 +82,6 @@ void prune_fill(const Rows& keys, int32_t x, int64_t width, PruneScratch& s, int
     std::fill(out + kept, out + width, -1);
 }
 
-// Links of every pivot: the union of the lists that name it first, pruned once; then with reverse links, pruned again.
-std::vector<int32_t> project_queries(const Rows& keys, const Lists& lists, const Groups& by_pivot, int64_t width,
-                                     ThreadPool& pool) {
-    const int64_t n = keys.n;
-    std::vector<int32_t> forward(n * width, -1), both(n * width, -1);
-    auto over_nodes = [&](auto&& body) { pool.parallel_for(n, kNodesPerTask, body); };
-    over_nodes([&](int64_t x) {
-        if (by_pivot.begin[x] == by_pivot.begin[x + 1]) return;
-        thread_local PruneScratch s;
-        s.candidates.clear();
-        for (int64_t i = by_pivot.begin[x]; i < by_pivot.begin[x + 1]; ++i) {
-            const int32_t* list = lists.row(by_pivot.members[i]);
-            for (int64_t j = 1; j < lists.width && list[j] >= 0; ++j) s.candidates.push_back(list[j]);
-        }
-        prune_fill(keys, static_cast<int32_t>(x), width, s, &forward[x * width]);
-    });
-    const Groups reverse = reverse_links(forward, n, width);
-    over_nodes([&](int64_t y) {
-        thread_local PruneScratch s;
-        s.candidates.assign(reverse.members.begin() + reverse.begin[y], reverse.members.begin() + reverse.begin[y + 1]);
-        for (int64_t j = 0; j < width && forward[y * width + j] >= 0; ++j)
-            s.candidates.push_back(forward[y * width + j]);
-        if (!s.candidates.empty()) prune_fill(keys, static_cast<int32_t>(y), width, s, &both[y * width]);
-    });
-    return both;
-}
-
 // [num_entries], -1 pads: first the keys most often ranked first by any query, then those by the last queries.
 void choose_entries(const Lists& lists, int64_t n, const BuildOptions& options, int32_t* entries) {
     std::vector<int64_t> votes(n, 0), late_votes(n, 0);
@@ -208,6 +181,57 @@ class Reachability {
     std::vector<int32_t> queue_;
 };
 
+// The stages of one kv head's build. Each reads only what the stage before has finished: the graph is the same for any
+// number of threads. Stages over nodes write only what belongs to their node.
+class HeadBuild {
+   public:
+    HeadBuild(const HeadInput& input, const BuildOptions& options)
+        : in_(input), options_(options), n_(input.keys.n), width_(options.query_links) {}
+
+    void group() {
+        by_pivot_ = group_by_pivot(in_.query_lists, n_);
+        choose_entries(in_.query_lists, n_, options_, in_.entries);
+        forward_.assign(n_ * width_, -1);
+    }
+    // Links of a pivot: the union of the lists that name it first, pruned once.
+    void link_pivot(int64_t x, PruneScratch& s) {
+        if (by_pivot_.begin[x] == by_pivot_.begin[x + 1]) return;
+        s.candidates.clear();
+        for (int64_t i = by_pivot_.begin[x]; i < by_pivot_.begin[x + 1]; ++i) {
+            const int32_t* list = in_.query_lists.row(by_pivot_.members[i]);
+            for (int64_t j = 1; j < in_.query_lists.width && list[j] >= 0; ++j) s.candidates.push_back(list[j]);
+        }
+        prune_fill(in_.keys, static_cast<int32_t>(x), width_, s, &forward_[x * width_]);
+    }
+    void reverse() { reverse_ = reverse_links(forward_, n_, width_); }
+    // Links and reverse links of a key, pruned again, then the nearest keys up to the degree.
+    void link_all(int64_t y, PruneScratch& s) {
+        int32_t* out = in_.adjacency + y * options_.degree;
+        s.candidates.assign(reverse_.members.begin() + reverse_.begin[y],
+                            reverse_.members.begin() + reverse_.begin[y + 1]);
+        for (int64_t j = 0; j < width_ && forward_[y * width_ + j] >= 0; ++j)
+            s.candidates.push_back(forward_[y * width_ + j]);
+        prune_fill(in_.keys, static_cast<int32_t>(y), width_, s, out);
+        int64_t filled = std::find(out, out + width_, -1) - out;
+        const int32_t* near = in_.key_lists.row(y);
+        for (int64_t j = 0; j < in_.key_lists.width && near[j] >= 0 && filled < options_.degree; ++j)
+            if (near[j] != y && std::find(out, out + filled, near[j]) == out + filled) out[filled++] = near[j];
+        std::fill(out + filled, out + options_.degree, -1);
+    }
+    void repair() {
+        repaired_ = Reachability(in_.adjacency, n_, options_.degree).repair(in_.entries, options_.num_entries);
+    }
+    int64_t nodes() const { return n_; }
+    int64_t repaired() const { return repaired_; }
+
+   private:
+    HeadInput in_;
+    BuildOptions options_;
+    int64_t n_, width_, repaired_ = 0;
+    Groups by_pivot_, reverse_;
+    std::vector<int32_t> forward_;
+};
+
 }  // namespace
 
 void extend_lists(const Rows& keys, const float* queries, const int64_t* visible, int64_t count, int64_t begin,
@@ -231,26 +255,25 @@ void extend_lists(const Rows& keys, const float* queries, const int64_t* visible
     }
 }
 
-int64_t build_graph(const Rows& keys, const Lists& query_lists, const Lists& key_lists, const BuildOptions& options,
-                    ThreadPool& pool, int32_t* adjacency, int32_t* entries) {
-    const int64_t n = keys.n, degree = options.degree, query_links = options.query_links;
-    const Groups by_pivot = group_by_pivot(query_lists, n);
-
-    choose_entries(query_lists, n, options, entries);
-    const std::vector<int32_t> projected = project_queries(keys, query_lists, by_pivot, query_links, pool);
-    pool.parallel_for(n, kNodesPerTask, [&](int64_t x) {
-        int32_t* out = adjacency + x * degree;
-        int64_t filled = 0;
-        while (filled < query_links && projected[x * query_links + filled] >= 0) {
-            out[filled] = projected[x * query_links + filled];
-            ++filled;
-        }
-        const int32_t* near = key_lists.row(x);
-        for (int64_t j = 0; j < key_lists.width && near[j] >= 0 && filled < degree; ++j)
-            if (near[j] != x && std::find(out, out + filled, near[j]) == out + filled) out[filled++] = near[j];
-        std::fill(out + filled, out + degree, -1);
-    });
-    return Reachability(adjacency, n, degree).repair(entries, options.num_entries);
+int64_t build_graphs(const std::vector<HeadInput>& inputs, const BuildOptions& options, ThreadPool& pool) {
+    std::vector<HeadBuild> heads;
+    for (const HeadInput& input : inputs) heads.emplace_back(input, options);
+    const int64_t count = heads.size(), nodes = count ? heads[0].nodes() : 0;
+    auto over_heads = [&](auto&& stage) { pool.parallel_for(count, 1, [&](int64_t h) { stage(heads[h]); }); };
+    auto over_nodes = [&](auto&& stage) {
+        pool.parallel_for(count * nodes, kNodesPerTask, [&](int64_t i) {
+            thread_local PruneScratch scratch;
+            stage(heads[i / nodes], i % nodes, scratch);
+        });
+    };
+    over_heads([](HeadBuild& head) { head.group(); });
+    over_nodes([](HeadBuild& head, int64_t x, PruneScratch& s) { head.link_pivot(x, s); });
+    over_heads([](HeadBuild& head) { head.reverse(); });
+    over_nodes([](HeadBuild& head, int64_t y, PruneScratch& s) { head.link_all(y, s); });
+    over_heads([](HeadBuild& head) { head.repair(); });
+    int64_t repaired = 0;
+    for (const HeadBuild& head : heads) repaired += head.repaired();
+    return repaired;
 }
 
 }  // namespace rag
