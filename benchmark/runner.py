@@ -152,7 +152,8 @@ def read_records(folder: Path, strategy: str, task: str) -> list[dict[str, Any]]
     path = folder / strategy / f"{task}.jsonl"
     if not path.exists():
         return None
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # splitlines() would also split at line separators inside an answer.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write_results(folder: Path, tasks: list[Task], strategies: list[str]) -> None:
@@ -207,7 +208,7 @@ def _finished(folder: Path, strategy: str, task: Task) -> dict[str, dict[str, An
     for path in sorted((folder / "parts" / strategy).glob(f"{task.name}.*.jsonl")):
         text = path.read_text(encoding="utf-8")
         # Another process may be in the middle of its last line.
-        for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n")[:-1], 1):
             try:
                 parsed = json.loads(line)
                 done.setdefault(parsed["record"]["id"], parsed)

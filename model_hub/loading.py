@@ -43,7 +43,7 @@ def load_tokenizer(model_name: str, cache_dir: str | Path | None = None) -> Toke
 
 def load_model(
     model_name: str,
-    max_len: int,
+    max_len: int | None,
     dtype: torch.dtype | str,
     device: str,
     tokenizer: Tokenizer | None = None,
@@ -53,9 +53,9 @@ def load_model(
     """Loads a model of the Llama or Qwen family.
 
     model_name: "SmolLM2-135M-Instruct" (the default model, with its 64K adapter), a local folder, a .gguf file or a
-    hub name. max_len: most tokens of prompt and answer together. dtype: a torch dtype, "fp16", "bf16" or "fp32".
-    device: "cpu", "cuda", "cuda:1", or "auto": layers split evenly over all GPUs, the CPU when there is none.
-    tokenizer: its end token ends answers, beside those of the model's generation configuration.
+    hub name. max_len: most tokens of prompt and answer together, None for the model's window. dtype: a torch dtype,
+    "fp16", "bf16" or "fp32". device: "cpu", "cuda", "cuda:1", or "auto": layers split evenly over all GPUs, the CPU
+    when there is none. tokenizer: its end token ends answers, beside those of the model's generation configuration.
     lora: a PEFT LoRA folder, merged in float32; its rope.json, if any, sets rope_theta and max_position_embeddings.
     "none" keeps even the default model without an adapter. cache_dir: where the default model is kept.
 
@@ -63,7 +63,7 @@ def load_model(
     that is not supported, RuntimeError when the default model cannot be fetched; all before weights are read.
     """
     torch_dtype, devices = _parse_dtype(dtype), _parse_devices(device)
-    if max_len < 1:
+    if max_len is not None and max_len < 1:
         raise ValueError(f"max_len must be at least 1, got {max_len}")
     lora_folder = _find_lora(model_name, lora)
     source = find_model(model_name, cache_dir)
@@ -76,6 +76,8 @@ def load_model(
         config.max_position_embeddings = rope["max_position_embeddings"]
         rope_divisors = None
     spec = ModelSpec.from_config(config, model_name, rope_divisors)
+    if max_len is None:
+        max_len = spec.window
     if max_len > spec.window:
         raise ValueError(f"max_len {max_len} is above the {spec.window} positions of {model_name}")
 

@@ -12,7 +12,7 @@ import torch
 from runner_job import STRATEGIES, load, run, tasks
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmark.runner import Sample, Shard, Task, until_stop
+from benchmark.runner import Sample, Shard, Task, read_records, until_stop
 from config import generate_config
 from model_hub import LLM
 
@@ -134,6 +134,15 @@ def test_stop_tokens_end_the_answer_but_not_before_the_least_length(llm: LLM, tm
     assert (stopped["pred"], stopped["new_tokens"]) == ("", 0)
     assert forced["new_tokens"] >= 1
     assert until_stop([5, 6, 7], frozenset({6})) == [5]
+
+
+def test_line_separators_in_an_answer_do_not_break_its_line(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_job.Bytes, "decode", lambda self, tokens, skip_special_tokens: "a\u2028b\x85c\nd")
+    run(llm, tmp_path)
+    run(llm, tmp_path)
+    assert {record["pred"] for record in read_records(tmp_path, "full", "one") or []} == {"a\u2028b\x85c\nd"}
 
 
 def test_another_protocol_is_refused(llm: LLM, tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""KVCache-Factory's method names and its budget, as this project's strategies understand them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from config import RETRIEVAL_STRATEGIES
+
+KVCACHE_FACTORY_METHODS = (
+    "FullKV",
+    "SnapKV",
+    "PyramidKV",
+    "H2O",
+    "StreamingLLM",
+    "CAM",
+    "L2Norm",
+    "AdaKV",
+    "HeadKV",
+    "ThinK",
+    "MInference",
+)
+SETS_TOP_K = ("flat", "attention_aware_graph")
+
+
+def strategy_of(method: str) -> str:
+    """The strategy that a method's name means, whatever its case, hyphens and underscores ("StreamingLLM" is
+    streaming_llm); FullKV is full. ValueError for one that does not exist (yet), listing the known."""
+    known = {_plain(strategy): strategy for strategy in RETRIEVAL_STRATEGIES} | {"fullkv": "full"}
+    if _plain(method) in known:
+        return known[_plain(method)]
+    foreign = _plain(method) in {_plain(name) for name in KVCACHE_FACTORY_METHODS}
+    hint = " (KVCache-Factory has it, this project does not)" if foreign else ""
+    raise ValueError(f"method: got {method!r}{hint}; known: FullKV, {', '.join(RETRIEVAL_STRATEGIES)}")
+
+
+def top_k_of_budget(strategy: str, capacity: int, ratio: float, settings: Any) -> int | None:
+    """The top_k that a budget stands for; None where it sets none.
+
+    KVCache-Factory's capacity counts every token of the prompt that a head keeps, its window included. So top_k is
+    capacity less the sinks and the window of `settings` (a RetroInferConfig). It is set for full attention too, which
+    does not use it, where the budget allows: one results folder has one configuration.
+    Raises ValueError for a budget that leaves nothing to retrieve and for a share of the prompt: one top_k holds for
+    all prompts of a run.
+    """
+    static = settings.static_pattern_start + settings.static_pattern_end
+    if capacity > static:
+        return capacity - static
+    if strategy == "full":
+        return None
+    if capacity == -1 and ratio != -1:
+        raise ValueError(
+            f"max_capacity_prompts_ratio: got {ratio}, allowed: -1, except for FullKV: {strategy} has one top_k for "
+            "all prompts of a run; give max_capacity_prompts"
+        )
+    raise ValueError(
+        f"max_capacity_prompts: got {capacity}, allowed: above {static}, the {settings.static_pattern_start} sinks and "
+        f"{settings.static_pattern_end} window tokens that every query reads"
+    )
+
+
+def describe_budget(capacity: int, top_k: int | None, settings: Any) -> str:
+    """What the budget counts, for protocol.json."""
+    if top_k is None:
+        return "not used: full attention reads all tokens"
+    return (
+        f"{capacity} tokens of the prompt per query head: {settings.static_pattern_start} sinks, "
+        f"{settings.static_pattern_end} window tokens and top_k {top_k}; a kv head reads the union over its query "
+        "heads; generated tokens come on top; full attention reads all tokens whatever the budget"
+    )
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
