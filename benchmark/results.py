@@ -19,7 +19,7 @@ _PACKAGES = ("torch", "triton", "transformers", "faiss-cpu", "numpy", "peft", "g
 
 def environment() -> dict[str, Any]:
     """Hardware, package versions and the git commit ("+changes" where the tree differs from it)."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)

@@ -157,8 +157,11 @@ def read_records(folder: Path, strategy: str, task: str) -> list[dict[str, Any]]
 
 
 def write_results(folder: Path, tasks: list[Task], strategies: list[str]) -> None:
-    """results.json: for every strategy and finished task the score, the samples' own scores and the mean costs."""
-    scored: dict[str, dict[str, Any]] = {strategy: {} for strategy in strategies}
+    """results.json: for every strategy and finished task the score, the samples' own scores and the mean costs; what
+    earlier runs of other tasks and strategies wrote stays."""
+    path = folder / "results.json"
+    earlier = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
+    scored: dict[str, dict[str, Any]] = {**earlier, **{name: dict(earlier.get(name, {})) for name in strategies}}
     for strategy in strategies:
         for task in tasks:
             records = read_records(folder, strategy, task.name)
@@ -173,7 +176,7 @@ def write_results(folder: Path, tasks: list[Task], strategies: list[str]) -> Non
             score = sum(scores) / len(scores)
             scored[strategy][task.name] = {"score": score, "samples": len(scores), "scores": scores, **means}
     protocol = json.loads((folder / "protocol.json").read_text(encoding="utf-8"))
-    write_json(folder / "results.json", {"config": protocol, "environment": environment(), "results": scored})
+    write_json(path, {"config": protocol, "environment": environment(), "results": scored})
 
 
 def _check_names(tasks: list[Task]) -> None:

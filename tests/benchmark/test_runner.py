@@ -145,6 +145,16 @@ def test_line_separators_in_an_answer_do_not_break_its_line(
     assert {record["pred"] for record in read_records(tmp_path, "full", "one") or []} == {"a\u2028b\x85c\nd"}
 
 
+def test_results_of_earlier_runs_of_other_tasks_stay(llm: LLM, tmp_path: Path) -> None:
+    one, two = tasks()
+    run(llm, tmp_path, tasks=[one])
+    run(llm, tmp_path, tasks=[two])
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert {strategy: set(results[strategy]) for strategy in STRATEGIES} == {
+        name: {"one", "two"} for name in STRATEGIES
+    }
+
+
 def test_another_protocol_is_refused(llm: LLM, tmp_path: Path) -> None:
     run(llm, tmp_path)
     with pytest.raises(ValueError, match=r"another protocol \(diagnose: False there, True now\)"):

@@ -1,0 +1,1 @@
+"""Tables, plots and one HTML page from results folders of benchmark.runner: `python -m benchmark.report RESULTS...`."""

@@ -1,0 +1,199 @@
+"""Plots as PNG: task x length heatmaps, and score against what it cost."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from numpy.typing import NDArray
+
+from .text import number
+
+_PIXELS_PER_INCH = 200
+_WIDEST = 13.0  # inches of panels side by side
+_SCORES = LinearSegmentedColormap.from_list("score", ["#ffffff", "#dcebf7", "#a5cde9", "#6baed6"])
+# Losses end darker than gains, so that a grey copy tells them apart.
+_DROPS = LinearSegmentedColormap.from_list(
+    "drop", [(0, "#8fc3e8"), (0.5, "#ffffff"), (0.75, "#f0a35e"), (1, "#8c2d04")]
+)
+# the same for all strategies and reports, so that a colour always means the same
+DROP_COLOURS_END = 20
+_COLOURS = (
+    *("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"),
+    *("#56b4e9", "#7f7f7f", "#882255", "#332288", "#117733", "#a6761d"),
+)
+_MARKERS = "osD^vPX<>hpd"
+_DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))
+_MISSING = "#d9d9d9"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Numbers [rows, columns], NaN where there are none. drops: points, colours centred at 0; else scores, 0 to 100."""
+
+    title: str
+    columns: Sequence[str]
+    values: NDArray[np.float64]
+    drops: bool
+
+
+@dataclass(frozen=True)
+class Point:
+    """x by panel, y, what stands beside the marker, and whose marker it is."""
+
+    x: tuple[float | None, ...]
+    y: float
+    label: str
+    series: str
+
+
+def heatmap(title: str, rows: Sequence[str], panels: Sequence[Panel], sum_rows: int) -> bytes:
+    """Panels with a number in every cell, side by side or, where they are wide, one below the other; the last
+    `sum_rows` rows are set off from the others."""
+    broken = [[re.sub(r"([_ ])", r"\1\n", name) for name in panel.columns] for panel in panels]
+    cell = max(0.72, 0.08 * max(len(line) for names in broken for name in names for line in name.split("\n")) + 0.1)
+    head = 0.15 * max(name.count("\n") + 1 for names in broken for name in names) + 0.12
+    labels, height = 0.085 * max(map(len, rows)) + 0.25, 0.3 * len(rows)
+    widths = [max(cell * len(names), 2.1) for names in broken]
+    stacked = labels + sum(widths) > _WIDEST
+    pitch = head + 0.4 + height
+    figure = _figure(
+        (
+            labels + (max(widths) if stacked else sum(widths) + 0.35 * (len(panels) - 1)) + 0.35,
+            0.5 + pitch * (len(panels) if stacked else 1),
+        )
+    )
+    wide, high = figure.get_size_inches()
+    figure.text(0.08 / wide, 1 - 0.12 / high, title, weight="bold", size=12, va="top")
+    for i, (panel, names) in enumerate(zip(panels, broken, strict=True)):
+        left = labels + (0 if stacked else sum(widths[:i]) + 0.35 * i)
+        bottom = high - 0.35 - pitch * (i + 1 if stacked else 1)
+        axes = figure.add_axes((left / wide, bottom / high, widths[i] / wide, height / high))
+        _paint(axes, panel)
+        axes.set_title(panel.title, size=10, loc="left", pad=72 * head + 4)
+        axes.set_xticks(range(len(names)), names, size=9)
+        axes.set_yticks(range(len(rows)), rows if stacked or i == 0 else [], size=9)
+        axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0, pad=3)
+        axes.axhline(len(rows) - sum_rows - 0.5, color="#1b1f24", linewidth=1.6)
+    return _png(figure)
+
+
+def against_cost(x_titles: Sequence[str], y_title: str, points: Sequence[Point], logarithmic: Sequence[bool]) -> bytes:
+    """One panel for each x, one marker for each point, one kind of marker for each series."""
+    series = list(dict.fromkeys(point.series for point in points))
+    colours = {name: _COLOURS[s % len(_COLOURS)] for s, name in enumerate(series)}
+    columns = min(len(series), 4)
+    legend_height = 0.28 * -(-len(series) // columns) + 0.1
+    figure = _figure((6.1 * len(x_titles), 5 + 0.05 * max(len(points) - 12, 0)))
+    panels = figure.subplots(1, len(x_titles), squeeze=False)[0]
+    figure.subplots_adjust(
+        left=0.07, right=0.985, wspace=0.16, top=0.97, bottom=(legend_height + 0.62) / figure.get_figheight()
+    )
+    handles: dict[str, Any] = {}
+    for i, axes in enumerate(panels):
+        for s, name in enumerate(series):
+            mine = [(x, point.y) for point in points if point.series == name and (x := point.x[i]) is not None]
+            style = {"color": colours[name], "marker": _MARKERS[s % len(_MARKERS)]}
+            handles[name] = axes.plot(
+                *zip(*mine, strict=True) if mine else ([], []),
+                markersize=8,
+                linewidth=0.7,
+                markeredgecolor="white",
+                markeredgewidth=0.6,
+                **style,
+            )[0]
+        if logarithmic[i]:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axes.margins(0.1)
+        axes.autoscale_view()
+        axes.set_xlabel(x_titles[i])
+        axes.set_ylabel(y_title if i == 0 else "")
+        axes.grid(color="#e3e7eb", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=columns, frameon=False)
+    for i, axes in enumerate(panels):
+        shown = [(x, point) for point in points if (x := point.x[i]) is not None]
+        _label(axes, [(x, point.y, point.label, colours[point.series]) for x, point in shown])
+    return _png(figure)
+
+
+def _paint(axes: Axes, panel: Panel) -> None:
+    values = panel.values
+    colours: Colormap = _DROPS if panel.drops else _SCORES
+    norm = Normalize(-DROP_COLOURS_END, DROP_COLOURS_END) if panel.drops else Normalize(0, 100)
+    axes.imshow(np.ma.masked_invalid(values), cmap=colours.with_extremes(bad=_MISSING), norm=norm, aspect="auto")
+    for row, column in np.ndindex(*values.shape):
+        value = float(values[row, column])
+        red, green, blue, _ = colours(float(norm(value))) if np.isfinite(value) else (1, 1, 1, 1)
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
+        text = number(value) if np.isfinite(value) else "\N{EN DASH}"
+        axes.text(column, row, text, ha="center", va="center", size=9, color="white" if dark else "#1b1f24")
+    axes.set_xticks(np.arange(values.shape[1] - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(values.shape[0] - 1) + 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.2)
+    axes.tick_params(which="minor", length=0)
+    for spine in axes.spines.values():
+        spine.set_color("#aab3bd")
+
+
+def _label(axes: Axes, labelled: Sequence[tuple[float, float, str, str]]) -> None:
+    """Writes the label of each (x, y, label, colour) where it covers least of markers, lines, labels and the edge."""
+    pixel = _PIXELS_PER_INCH / 72
+    inside = (axes.bbox.x0, axes.bbox.y0, axes.bbox.x1, axes.bbox.y1)
+    markers = [axes.transData.transform((x, y)) for x, y, _, _ in labelled]
+    taken = [_box(x, y, 10 * pixel, 10 * pixel) for x, y in markers]
+    for i, (start, end) in enumerate(itertools.pairwise(markers)):
+        if labelled[i][3] == labelled[i + 1][3]:
+            pieces = 2 + int(np.hypot(*(end - start)) / (4 * pixel))
+            taken += [_box(x, y, 4 * pixel, 4 * pixel) for x, y in np.linspace(start, end, pieces)[1:-1]]
+    for (x, y), (*point, label, colour) in zip(markers, labelled, strict=True):
+        if not label:
+            continue
+        width, height = 5.8 * len(label) * pixel, 9 * pixel
+        least = np.inf
+        for away, (right, up) in itertools.product((11, 20, 30), _DIRECTIONS):
+            offset = (right * (away + width / pixel / 2 - 4), up * away)
+            box = _box(x + offset[0] * pixel, y + offset[1] * pixel, width, height)
+            outside = width * height - _overlap(box, inside)
+            cost = sum(_overlap(box, other) for other in taken) + 2 * outside + away
+            if cost < least:
+                least, best, place = cost, box, offset
+        taken.append(best)
+        text: dict[str, Any] = {"size": 8.5, "ha": "center", "va": "center", "color": 0.75 * np.array(to_rgb(colour))}
+        axes.annotate(label, (point[0], point[1]), place, textcoords="offset points", **text)
+
+
+def _box(x: float, y: float, width: float, height: float) -> tuple[float, ...]:
+    """Left, bottom, right and top of a rectangle around a point."""
+    return (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return width * height if width > 0 and height > 0 else 0.0
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    figure = Figure(figsize=size, dpi=_PIXELS_PER_INCH, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()
