@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,9 @@ class ClusterCounts:
         retrieved = min(max(round(centroids * retrieval_budget), 1), centroids)
         estimated = min(round(centroids * estimation_budget), centroids - retrieved)
         return cls(segments, centroids, retrieved, estimated)
+
+    def __add__(self, other: ClusterCounts) -> ClusterCounts:
+        return ClusterCounts(*(mine + more for mine, more in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass
