@@ -3,5 +3,6 @@
 from attn_hub.decode import weighted_decode_attention
 from attn_hub.parts import WeightedPart
 from attn_hub.prefill import full_prefill_attn
+from attn_hub.rows import copy_rows
 
-__all__ = ["WeightedPart", "full_prefill_attn", "weighted_decode_attention"]
+__all__ = ["WeightedPart", "copy_rows", "full_prefill_attn", "weighted_decode_attention"]

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from attn_hub import weighted_decode_attention
+from attn_hub import WeightedPart, weighted_decode_attention
 
 from .cache import KV_Cache
+from .cluster_cache import ClusterCache
 from .clusters import ClusterCounts, cluster_keys
 from .diagnosis import agreement_with_exact
 from .static_zone import StaticZone, check_static, sinks_and_window
 from .stats import Agreement
-from .wave_index import WaveIndex
+from .wave_index import Selection, WaveIndex
 
 if TYPE_CHECKING:
     from config import RetroInferConfig
@@ -30,8 +31,11 @@ class WaveIndexCache(KV_Cache):
 
     How many clusters there are follows from the length of each prompt, as RetroInfer's configuration is made for each
     prompt (`ClusterCounts.for_length`): the settings' n_centroids and n_segment are those of one context length, and
-    are not read. The shares of them that are retrieved and estimated are the settings'. top_k: what stats.agreement
-    takes as the exact answer; nothing else depends on it.
+    are not read. The shares of them that are retrieved and estimated are the settings'.
+
+    Beside a GPU that does not hold the members, a `ClusterCache` keeps those read last on it: room for cache_ratio of
+    the clusters, or for three times the retrieved ones where that is 0, `pages_per_cluster` pages each. top_k: what
+    stats.agreement takes as the exact answer; nothing else depends on it.
     """
 
     update_tokens = 1024
@@ -44,6 +48,8 @@ class WaveIndexCache(KV_Cache):
         static_pattern_end: int = 64,
         retrieval_budget: float = 0.018,
         estimation_budget: float = 0.232,
+        cache_ratio: float = 0.0,
+        pages_per_cluster: int = 2,
         gpu_only: bool = False,
         top_k: int = 100,
         **common: Any,
@@ -52,7 +58,11 @@ class WaveIndexCache(KV_Cache):
         check_static(max_new_length, static_pattern_start, static_pattern_end)
         self.sinks, self.window, self.top_k = static_pattern_start, static_pattern_end, top_k
         self.retrieval_budget, self.estimation_budget = retrieval_budget, estimation_budget
-        self.gpu_only = gpu_only
+        if not 0 <= cache_ratio <= 1 or pages_per_cluster < 1:
+            raise ValueError(
+                f"cache_ratio, pages_per_cluster: got {cache_ratio}, {pages_per_cluster}, allowed: 0 to 1, >= 1"
+            )
+        self.cache_ratio, self.pages_per_cluster, self.gpu_only = cache_ratio, pages_per_cluster, gpu_only
         grown = self.counts_for(self.update_tokens).centroids  # raises for a budget outside [0, 1]
         updates = max_new_length // self.update_tokens
         steady = self.sinks + self.window + self.update_tokens
@@ -67,6 +77,7 @@ class WaveIndexCache(KV_Cache):
             WaveIndex(*sizes, rows, self.head_dim, self.dtype, device, updates * grown, gpu_only)
             for device in self.devices
         ]
+        self._caches: list[ClusterCache | None] = [None] * self.layer_num
         self._pending: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -76,6 +87,8 @@ class WaveIndexCache(KV_Cache):
             "static_pattern_end": settings.static_pattern_end,
             "retrieval_budget": settings.retrieval_budget,
             "estimation_budget": settings.estimation_budget,
+            "cache_ratio": settings.cache_ratio,
+            "pages_per_cluster": settings.pages_per_cluster,
             "gpu_only": settings.gpu_only,
             "top_k": settings.attention_aware_graph.top_k,
         }
@@ -117,6 +130,20 @@ class WaveIndexCache(KV_Cache):
         sequences, counts = slice(start_bdx, start_bdx + len(keys)), self.counts_for(self.prompt_lengths[start_bdx])
         self._cluster(layer_idx, sequences, keys, values, counts, "build")
 
+    def prepare_cache(self) -> None:
+        """Makes the cluster caches, where there is a GPU that does not hold the members."""
+        for layer_idx, (index, device) in enumerate(zip(self._indexes, self.devices, strict=True)):
+            if device.type == "cuda" and not self.gpu_only and any(index.stored):
+                self._caches[layer_idx] = ClusterCache(index, self.cache_pages(index))
+
+    def cache_pages(self, index: WaveIndex) -> int:
+        """Pages of a kv head in a layer's cluster cache."""
+        if self.cache_ratio:
+            clusters = self.cache_ratio * max(counts.centroids for counts in index.counts)
+        else:
+            clusters = 3 * max(counts.retrieved for counts in index.counts)
+        return max(round(clusters * self.pages_per_cluster), 1)
+
     def decode_update_kv_cache(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
         zone = self._zones[layer_idx]
         zone.append(key_states, value_states)
@@ -133,22 +160,34 @@ class WaveIndexCache(KV_Cache):
 
     def compute(self, query_states: Tensor, layer_idx: int) -> Tensor:
         zone, index = self._zones[layer_idx], self._indexes[layer_idx]
-        parts = [zone.part()]
+        parts, cache = [zone.part()], self._caches[layer_idx]
         if any(index.stored):
             with self.stats.timed("search"):
                 selection = index.select(query_states)
-                rows = index.rows_of(selection.retrieved)
+                members, moved = self._members(index, cache, selection.retrieved)
             if self.stats.agreement is not None:
                 with self.stats.timed("diagnosis"):
-                    self._compare(query_states, rows, layer_idx, self.stats.agreement)
-            parts += [index.retrieved_part(rows), index.estimated_part(selection.estimated)]
-            self._count_clusters(index, rows, selection.estimated)
+                    self._compare(query_states, index.rows_of(selection.retrieved), layer_idx, self.stats.agreement)
+            parts += [*members, index.estimated_part(selection.estimated)]
+            self._count_clusters(index, selection, moved)
         self.stats.attended += self.kv_head * sum(zone.counts)
         context = sum(self.context_lengths(layer_idx))
         self.stats.attended_of += context * self.kv_head
         self.stats.scored_of += context * self.num_heads
         with self.stats.timed("attention"):
-            return weighted_decode_attention(query_states, parts)
+            out = weighted_decode_attention(query_states, parts)
+        if cache is not None:
+            with self.stats.timed("admit"):
+                cache.admit()
+        return out
+
+    def _members(
+        self, index: WaveIndex, cache: ClusterCache | None, clusters: Tensor
+    ) -> tuple[list[WeightedPart], int]:
+        """The members of clusters [B, Hkv, P] to attend to, and how many of them are read from CPU memory."""
+        if cache is not None:
+            return cache.parts(clusters)
+        return [index.retrieved_part(index.rows_of(clusters))], 0 if self.gpu_only else index.count_members(clusters)
 
     def _keep_ends(self, layer_idx: int, sequences: slice, keys: Tensor, values: Tensor) -> None:
         """Leaves the sequences no more of keys and values [b, Hkv, T, D] in their zone than sinks and window."""
@@ -163,21 +202,22 @@ class WaveIndexCache(KV_Cache):
             clusters = cluster_keys(keys.flatten(0, 1), values.flatten(0, 1), counts.segments, counts.centroids)
         with self.stats.timed("store"):
             self._indexes[layer_idx].add(sequences, keys, values, clusters, counts)
+            cache = self._caches[layer_idx]
+            if cache is not None:
+                cache.refresh()
 
-    def _count_clusters(self, index: WaveIndex, rows: Tensor, estimated: Tensor) -> None:
-        attended = int((rows >= 0).sum())
-        self.stats.attended += attended
-        self.stats.estimated += int((estimated >= 0).sum())
+    def _count_clusters(self, index: WaveIndex, selection: Selection, moved: int) -> None:
+        self.stats.attended += index.count_members(selection.retrieved)
+        self.stats.estimated += int((selection.estimated >= 0).sum())
         self.stats.scored += self.num_heads * sum(counts.centroids for counts in index.counts)
-        if not self.gpu_only:
-            self.stats.bytes_moved += 2 * attended * self.head_dim * self.dtype.itemsize
+        self.stats.bytes_moved += 2 * moved * self.head_dim * self.dtype.itemsize
 
     def _compare(self, query_states: Tensor, rows: Tensor, layer_idx: int, agreement: Agreement) -> None:
         """Adds recall and attention mass of one step, by an exact scan of every clustered sequence's keys."""
         zone, index = self._zones[layer_idx], self._indexes[layer_idx]
         for b, stored in enumerate(index.stored):
             if stored:
-                queries = query_states[b].view(self.kv_head, self.group_size, self.head_dim).cpu()
+                queries = query_states[b].reshape(self.kv_head, self.group_size, self.head_dim).cpu()
                 static_keys = zone.keys[b, :, : zone.counts[b]].cpu()
                 keys, found = index.keys[b, :, :stored].cpu(), rows[b, :, None].cpu()
                 tables = agreement_with_exact(queries, keys, static_keys, found, self.top_k)
@@ -185,4 +225,5 @@ class WaveIndexCache(KV_Cache):
 
     @property
     def index_bytes(self) -> int:
-        return sum(index.nbytes for index in self._indexes)
+        caches = sum(cache.nbytes for cache in self._caches if cache is not None)
+        return sum(index.nbytes for index in self._indexes) + caches

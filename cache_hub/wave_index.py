@@ -84,7 +84,7 @@ class WaveIndex:
         an empty cluster ranks last.
         """
         batch, heads, _, dim = self.centroids.shape
-        grouped = (query.view(batch, heads, -1, dim).float() * dim**-0.5).to(self.centroids.dtype)
+        grouped = (query.reshape(batch, heads, -1, dim).float() * dim**-0.5).to(self.centroids.dtype)
         logits = (grouped @ self.centroids.transpose(2, 3)).float()
         score = logits.masked_fill_(self._unused, -torch.inf).softmax(-1).sum(2)
         best = score.masked_fill_(self.sizes == 0, -1).topk(self._most, dim=-1).indices
@@ -96,17 +96,17 @@ class WaveIndex:
         least = min(counts.retrieved for counts in self.counts)
         return Selection(torch.where(exact & filled, best, -1)[..., :most], estimated[..., least:])
 
+    def count_members(self, clusters: Tensor) -> int:
+        """Members of clusters [B, Hkv, P] (-1 pads), all together."""
+        return int(self.sizes.gather(2, clusters.clamp(min=0)).masked_fill(clusters < 0, 0).sum())
+
     def rows_of(self, clusters: Tensor) -> Tensor:
         """Rows of the members of clusters [B, Hkv, P] (-1 pads) -> [B, Hkv, T] int64, -1 pads."""
         at = clusters.clamp(min=0)
         sizes = self.sizes.gather(2, at).masked_fill(clusters < 0, 0)
-        ends = sizes.cumsum(2)
-        slots = torch.arange(int(ends[..., -1].max()), device=ends.device).expand(*ends.shape[:2], -1).contiguous()
-        which = torch.searchsorted(ends, slots, right=True)
-        inside = which < clusters.shape[2]
-        which.clamp_(max=clusters.shape[2] - 1)
-        starts = self.first_rows.gather(2, at) - (ends - sizes)
-        return torch.where(inside, starts.gather(2, which) + slots, -1)
+        which, place = expand_runs(sizes)
+        first_rows = self.first_rows.gather(2, at).gather(2, which.clamp(min=0))
+        return torch.where(which >= 0, first_rows + place, -1)
 
     def retrieved_part(self, rows: Tensor) -> WeightedPart:
         """Rows [B, Hkv, T] of the members, attended exactly."""
@@ -140,3 +140,15 @@ class WaveIndex:
         self._most = int(self._selected.max())
         used = column([counts.centroids for counts in self.counts])[..., None]
         self._unused = torch.arange(self.sizes.shape[2], device=device) >= used
+
+
+def expand_runs(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The members of runs one after the other, runs of `lengths` [B, Hkv, P] each: the run that a member belongs to
+    (-1 pads) and its place in it, both [B, Hkv, T] int64, T the longest sum of lengths."""
+    ends = lengths.cumsum(2)
+    slots = torch.arange(int(ends[..., -1].max()), device=ends.device).expand(*ends.shape[:2], -1).contiguous()
+    which = torch.searchsorted(ends, slots, right=True)
+    inside = which < lengths.shape[2]
+    which.clamp_(max=lengths.shape[2] - 1)
+    place = slots - (ends - lengths).gather(2, which)
+    return torch.where(inside, which, -1), torch.where(inside, place, 0)

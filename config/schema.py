@@ -90,8 +90,8 @@ class GraphConfig(Section):
 class RetroInferConfig(Section):
     """Section `RetroInfer`: RetroInfer's keys with the values of its files, the strategy, and the strategy's section.
 
-    The wave index reads the budgets, cache_ratio and gpu_only. Of its other keys, n_centroids and n_segment are what
-    its rule gives for one context length, while it follows the length of each prompt; pages_per_cluster,
+    The wave index reads pages_per_cluster, the budgets, cache_ratio and gpu_only. Of its other keys, n_centroids and
+    n_segment are what its rule gives for one context length, while it follows the length of each prompt;
     buffer_cluster_num and use_cuda_graph are carried and checked, but read by no strategy.
     """
 

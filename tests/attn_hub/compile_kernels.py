@@ -1,10 +1,11 @@
-"""Compile the weighted decode kernels for sm_80 and sm_90; run without a GPU and without Triton's interpreter."""
+"""Compile the kernels for sm_80 and sm_90; run without a GPU and without Triton's interpreter."""
 
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from attn_hub.kernels.copy_rows import copy_rows_kernel
 from attn_hub.kernels.weighted_decode import attend_rows_kernel, merge_splits_kernel
 
 # Shared memory of one program: sm_86 and sm_89 have 99 KiB, the least of all GPUs since Ampere.
@@ -38,3 +39,5 @@ if __name__ == "__main__":
     compile_attend(90, "*fp32", 32, 128, {"ids": "*i64"})
     merge_types = {"partial_out": "*fp32", "partial_lse": "*fp32", "out": "*bf16"}
     compile_kernel(merge_splits_kernel, 80, merge_types, {"HEAD_DIM": 80, "BLOCK_S": 32, "BLOCK_D": 128})
+    copy_types = {"source": "*bf16", "target": "*bf16", "source_ids": "*i64", "target_ids": "*i64"}
+    compile_kernel(copy_rows_kernel, 80, copy_types, {"HEAD_DIM": 80, "BLOCK_N": 32, "BLOCK_D": 128})
