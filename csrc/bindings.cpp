@@ -82,6 +82,18 @@ PYBIND11_MODULE(_native, m) {
         "Adds the keys begin..visible[i] - 1 to the best-first list of every query i.");
 
     m.def(
+        "scan",
+        [](const KeyStore& keys, uintptr_t queries, int64_t group, int64_t k, int num_threads, uintptr_t ids,
+           uintptr_t scores) {
+            py::gil_scoped_release release;
+            threads(num_threads)->parallel_for(keys.heads * group, 1, [&](int64_t i) {
+                extend_lists(keys.head(i / group), at<const float>(queries) + i * keys.dim, &keys.n, 1, 0, k,
+                             at<int32_t>(ids) + i * k, at<float>(scores) + i * k);
+            });
+        },
+        "Scores every key for one query per (kv head, query head of its group); ids and scores come filled with pads.");
+
+    m.def(
         "search",
         [](const KeyStore& keys, uintptr_t adjacency, int64_t degree, uintptr_t entries, int64_t num_entries,
            uintptr_t queries, int64_t group, int64_t k, int64_t ef, int num_threads, uintptr_t ids, uintptr_t scores,

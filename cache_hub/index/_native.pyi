@@ -21,6 +21,7 @@ def build(
 def extend(
     keys: KeyStore, queries: int, visible: int, count: int, begin: int, k: int, ids: int, scores: int
 ) -> None: ...
+def scan(keys: KeyStore, queries: int, group: int, k: int, num_threads: int, ids: int, scores: int) -> None: ...
 def search(
     keys: KeyStore,
     adjacency: int,

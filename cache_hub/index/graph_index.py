@@ -12,21 +12,8 @@ from config import GraphConfig
 
 from . import _native
 from .base import SearchResult, TokenIndex, check_build, check_search
+from .key_store import as_key_store
 from .knn import causal_knn, key_knn
-
-_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-
-def as_key_store(keys: Tensor) -> _native.KeyStore:
-    """A native view of keys [R, N, D] on the CPU; their last dimension must be contiguous. Copies nothing."""
-    if keys.device.type != "cpu" or keys.dtype not in _DTYPE_CODES or keys.stride(2) != 1:
-        raise ValueError(
-            f"keys: got {keys.dtype} on {keys.device} with strides {keys.stride()}, allowed: float32, float16 or "
-            "bfloat16 in CPU memory with contiguous rows"
-        )
-    heads, n, dim = keys.shape
-    code = _DTYPE_CODES[keys.dtype]
-    return _native.KeyStore(keys.data_ptr(), code, heads, n, dim, keys.stride(0), keys.stride(1))
 
 
 class AttentionAwareGraphIndex(TokenIndex):
