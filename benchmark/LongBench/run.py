@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from benchmark.launcher import default_device
 from benchmark.results import write_json
 from config import add_config_args, config_from_args
 
@@ -58,7 +59,7 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     names = f"hub name, folder, .gguf file, {', '.join(MODEL_NAMES)}"
     parser.add_argument("--model", "--model_name", default="SmolLM2-135M-Instruct", help=names)
     parser.add_argument("--lora", help="PEFT LoRA folder to merge; 'none' keeps the default model without its adapter")
-    parser.add_argument("--device", default="cuda:0" if gpu else "cpu", help="cpu, cuda:N, or auto: all GPUs")
+    parser.add_argument("--device", default=default_device(), help="cpu, cuda:N, or auto: all GPUs")
     parser.add_argument("--dtype", default="bf16" if gpu else "fp32", choices=["fp16", "bf16", "fp32"])
 
 

@@ -22,6 +22,7 @@ if __package__ in (None, ""):  # run as a file: this folder's modules must not h
 
 import torch
 
+from benchmark.launcher import default_device
 from benchmark.LongBench.catalog import ENGLISH_AND_CODE, choose_datasets
 from benchmark.LongBench.evaluation import MODEL_NAMES, Job, finished_records, run_job
 from benchmark.LongBench.layouts import write_kvcache_factory
@@ -66,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--protocol", default="official", choices=PROTOCOLS)
     parser.add_argument("--max_length", type=int, help="prompts above lose their middle (default: the protocol's)")
-    parser.add_argument("--device", default="cuda:0" if gpu else "cpu", help="cpu, cuda:N, or auto: all GPUs")
+    parser.add_argument("--device", default=default_device(), help="cpu, cuda:N, or auto: all GPUs")
     parser.add_argument("--dtype", default="bfloat16" if gpu else "float32", choices=DTYPES)
     parser.add_argument(
         "--attn_implementation",

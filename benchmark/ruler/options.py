@@ -9,6 +9,7 @@ import torch
 
 from config import RETRIEVAL_STRATEGIES, add_config_args
 
+from ..launcher import default_device
 from .data_files import FIELDS
 from .sizing import SIZINGS
 
@@ -33,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model_name", "--model", default="smollm2-135m", help=f"{', '.join(SHORT_NAMES)}, hub name, folder or .gguf")
     add("--lora", help="PEFT LoRA folder to merge; 'none' keeps the default model without its adapter")
-    add("--device", default="cuda:0" if gpu else "cpu", help="cpu, cuda:N, or auto: all GPUs")
+    add("--device", default=default_device(), help="cpu, cuda:N, or auto: all GPUs")
     add("--dtype", default="bf16" if gpu else "fp32", choices=["fp16", "bf16", "fp32"])
     add("--prefill_method", default="full", help=f"allowed: {', '.join(PREFILL_METHODS)}")
     add("--tasks", default="free", help="all, free (the six that need no data), or a comma list")

@@ -115,6 +115,8 @@ def _run(
     # faiss multiplies matrices only from this many query elements on (128,000: far above a block that pays already).
     threshold = faiss.cvar.distance_compute_blas_threshold
     faiss.cvar.distance_compute_blas_threshold = 0
+    # Threads of a pool do not inherit the mode, without which they may not write what was made in it.
+    work = torch.inference_mode()(work)
     # One OpenMP thread in each: many short parallel regions wait for one another, worst where cores are shared.
     workers = threads or torch.get_num_threads()
     try:
