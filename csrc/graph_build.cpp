@@ -202,7 +202,6 @@ class HeadBuild {
 
     void group() {
         by_pivot_ = group_by_pivot(in_.query_lists, n_);
-        choose_entries(in_.query_lists, n_, options_, in_.entries);
         forward_.assign(n_ * width_, -1);
     }
     // Links of a pivot: the union of the lists that name it first, pruned once.
@@ -229,16 +228,12 @@ class HeadBuild {
             if (near[j] != y && std::find(out, out + filled, near[j]) == out + filled) out[filled++] = near[j];
         std::fill(out + filled, out + options_.degree, -1);
     }
-    void repair() {
-        repaired_ = Reachability(in_.adjacency, n_, options_.degree).repair(in_.entries, options_.num_entries);
-    }
     int64_t nodes() const { return n_; }
-    int64_t repaired() const { return repaired_; }
 
    private:
     HeadInput in_;
     BuildOptions options_;
-    int64_t n_, width_, repaired_ = 0;
+    int64_t n_, width_;
     Groups by_pivot_, reverse_;
     std::vector<int32_t> forward_;
 };
@@ -281,9 +276,16 @@ int64_t build_graphs(const std::vector<HeadInput>& inputs, const BuildOptions& o
     over_nodes([](HeadBuild& head, int64_t x, PruneScratch& s) { head.link_pivot(x, s); });
     over_heads([](HeadBuild& head) { head.reverse(); });
     over_nodes([](HeadBuild& head, int64_t y, PruneScratch& s) { head.link_all(y, s); });
-    over_heads([](HeadBuild& head) { head.repair(); });
-    int64_t repaired = 0;
-    for (const HeadBuild& head : heads) repaired += head.repaired();
+    return repair_graphs(inputs, options, pool);
+}
+
+int64_t repair_graphs(const std::vector<HeadInput>& inputs, const BuildOptions& options, ThreadPool& pool) {
+    std::atomic<int64_t> repaired{0};
+    pool.parallel_for(inputs.size(), 1, [&](int64_t h) {
+        const HeadInput& in = inputs[h];
+        choose_entries(in.query_lists, in.keys.n, options, in.entries);
+        repaired += Reachability(in.adjacency, in.keys.n, options.degree).repair(in.entries, options.num_entries);
+    });
     return repaired;
 }
 

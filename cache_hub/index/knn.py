@@ -48,8 +48,8 @@ def causal_knn(
     """Exact k nearest keys by inner product for every query, among the keys it may see.
 
     keys [R, N, D], queries [R, g, M, D] (any float dtype; computed in float32 on the queries' device), positions [M]
-    as in TokenIndex.build. Returns [R, g, M, k] int32 on the CPU, best first, -1 pads. A thread works on `block`
-    queries at a time; beside them it holds their lists, and with the torch backend their scores, block x N.
+    as in TokenIndex.build. Returns [R, g, M, k] int32 on the queries' device, best first, -1 pads. A thread works on
+    `block` queries at a time; beside them it holds their lists, and with the torch backend their scores, block x N.
     """
     rows, n, _ = keys.shape
     group, m = queries.shape[1:3]
@@ -65,19 +65,19 @@ def causal_knn(
 
     tasks = [(r, h, begin) for r in range(rows) for h in range(group) for begin in range(0, m, block)]
     _run(work, tasks, device, num_threads)
-    return lists.cpu()
+    return lists
 
 
 def key_knn(keys: Tensor, k: int, block: int = 4096, backend: str = "auto", num_threads: int | None = None) -> Tensor:
     """The k nearest other keys of every key by cosine after subtracting the mean key.
 
-    keys [R, N, D]; computed in float32 on their device. Returns [R, N, min(k, N - 1)] int32 on the CPU, best first.
+    keys [R, N, D]; computed in float32 on their device. Returns there [R, N, min(k, N - 1)] int32, best first.
     """
     rows, n, _ = keys.shape
     k = min(k, n - 1)
     lists = torch.empty(rows, n, k, dtype=torch.int32, device=keys.device)
     if k == 0:
-        return lists.cpu()
+        return lists
     faiss = choose_backend(backend, keys.device) == "faiss"
     nearest, block = (_nearest_faiss, min(block, _KEY_BLOCK)) if faiss else (_nearest_torch, block)
     centred = normalize((keys.float() - keys.float().mean(1, keepdim=True)), dim=2).contiguous()
@@ -91,7 +91,7 @@ def key_knn(keys: Tensor, k: int, block: int = 4096, backend: str = "auto", num_
         lists[r, begin : begin + len(part)] = ids[keep].view(-1, k)
 
     _run(work, [(r, begin) for r in range(rows) for begin in range(0, n, block)], keys.device, num_threads)
-    return lists.cpu()
+    return lists
 
 
 def exact_topk(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
