@@ -8,6 +8,7 @@ from .cache import KV_Cache
 from .flat_cache import FlatCache
 from .full_cache import FullCache
 from .graph_cache import AttentionAwareGraphCache
+from .retroinfer_cache import WaveIndexCache
 from .stats import CacheStats
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ STRATEGIES: dict[str, type[KV_Cache]] = {
     "full": FullCache,
     "flat": FlatCache,
     "attention_aware_graph": AttentionAwareGraphCache,
+    "wave_index": WaveIndexCache,
 }
 
 
@@ -38,5 +40,6 @@ __all__ = [
     "FlatCache",
     "FullCache",
     "KV_Cache",
+    "WaveIndexCache",
     "make_cache",
 ]

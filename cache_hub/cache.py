@@ -118,9 +118,10 @@ class KV_Cache(ABC):
         """Attention of query_states [B, 1, H, D] over the tokens this strategy selects -> [B, 1, H, D]."""
 
     @property
-    @abstractmethod
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values held, at the store's type."""
+        """Bytes of the keys and values of all tokens, each held once, at the store's type."""
+        tokens = sum(self.context_lengths(self.layer_num - 1))
+        return 2 * self.layer_num * tokens * self.kv_head * self.head_dim * self.dtype.itemsize
 
     @property
     def index_bytes(self) -> int:

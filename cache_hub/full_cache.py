@@ -44,8 +44,3 @@ class FullCache(KV_Cache):
         part = WeightedPart(self._keys[layer_idx], self._values[layer_idx], None, None, self._lengths[layer_idx])
         with self.stats.timed("attention"):
             return weighted_decode_attention(query_states, [part])
-
-    @property
-    def kv_bytes(self) -> int:
-        tokens = sum(self.context_lengths(self.layer_num - 1))
-        return 2 * self.layer_num * tokens * self.kv_head * self.head_dim * self.dtype.itemsize

@@ -12,8 +12,9 @@ from torch import Tensor
 from attn_hub import WeightedPart, weighted_decode_attention
 
 from .cache import KV_Cache
+from .diagnosis import agreement_with_exact, unite
 from .index import TokenIndex
-from .index.knn import exact_topk
+from .static_zone import StaticZone, check_static, sinks_and_window
 from .stats import Agreement
 
 if TYPE_CHECKING:
@@ -50,15 +51,9 @@ class TokenIndexCache(KV_Cache):
         **common: Any,
     ) -> None:
         super().__init__(max_new_length=max_new_length, **common)
-        if max_new_length < 1:
-            raise ValueError(f"max_new_length: got {max_new_length}, allowed: >= 1")
+        check_static(max_new_length, static_pattern_start, static_pattern_end)
         if top_k < 1:
             raise ValueError(f"top_k: got {top_k}, allowed: >= 1")
-        if static_pattern_start < 0 or static_pattern_end < 1:
-            raise ValueError(
-                f"static_pattern_start, static_pattern_end: got {static_pattern_start}, {static_pattern_end}, allowed: "
-                ">= 0, >= 1"
-            )
         self.sinks, self.window, self.top_k, self.min_indexed = (
             static_pattern_start,
             static_pattern_end,
@@ -90,17 +85,13 @@ class TokenIndexCache(KV_Cache):
         rows = (self.batch_size, self.kv_head)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        self._static_keys: list[Tensor] = []
-        self._static_values: list[Tensor] = []
-        self._static_lengths: list[Tensor] = []
+        self._zones: list[StaticZone] = []
         for device in self.devices:
             pinned = device.type == "cuda"
             for prompt_store in (self._keys, self._values):
                 store = torch.empty(*rows, prompt, self.head_dim, dtype=self.dtype, pin_memory=pinned)
                 prompt_store.append(store)
-            for static_store in (self._static_keys, self._static_values):
-                static_store.append(torch.empty(*rows, static, self.head_dim, dtype=self.dtype, device=device))
-            self._static_lengths.append(torch.zeros(rows, dtype=torch.int32, device=device))
+            self._zones.append(StaticZone(*rows, static, self.head_dim, self.dtype, device))
 
     def indexed_range(self, length: int) -> range:
         """Positions of a prompt of `length` tokens that are indexed; empty where it is attended in full."""
@@ -111,18 +102,12 @@ class TokenIndexCache(KV_Cache):
         rows, length = slice(start_bdx, start_bdx + len(k)), k.shape[1]
         indexed = self.indexed_range(length)
         with self.stats.timed("store"):
-            for states, store, static in (
-                (k, self._keys[layer_idx], self._static_keys[layer_idx]),
-                (v, self._values[layer_idx], self._static_values[layer_idx]),
-            ):
-                states = states.transpose(1, 2)
-                store[rows, :, :length] = states
-                if indexed:
-                    static[rows, :, : self.sinks] = states[:, :, : self.sinks]
-                    static[rows, :, self.sinks : self.sinks + self.window] = states[:, :, -self.window :]
-                else:
-                    static[rows, :, :length] = states
-            self._static_lengths[layer_idx][rows] = length - len(indexed)
+            keys, values = k.transpose(1, 2), v.transpose(1, 2)
+            self._keys[layer_idx][rows, :, :length] = keys
+            self._values[layer_idx][rows, :, :length] = values
+            if indexed:
+                keys, values = (sinks_and_window(states, self.sinks, self.window) for states in (keys, values))
+            self._zones[layer_idx].put(rows, keys, values)
         if indexed:
             self._pending = q
         else:
@@ -151,24 +136,11 @@ class TokenIndexCache(KV_Cache):
         self._groups[layer_idx].append(_Indexed(start_bdx, count, index))
 
     def decode_update_kv_cache(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
-        step = self.generated[layer_idx]
-        for b, length in enumerate(self.prompt_lengths):
-            at = length - len(self.indexed_range(length)) + step
-            self._static_keys[layer_idx][b, :, at] = key_states[b, 0]
-            self._static_values[layer_idx][b, :, at] = value_states[b, 0]
-        self._static_lengths[layer_idx] += 1
+        self._zones[layer_idx].append(key_states, value_states)
         self.generated[layer_idx] += 1
 
     def compute(self, query_states: Tensor, layer_idx: int) -> Tensor:
-        parts = [
-            WeightedPart(
-                self._static_keys[layer_idx],
-                self._static_values[layer_idx],
-                None,
-                None,
-                self._static_lengths[layer_idx],
-            )
-        ]
+        parts = [self._zones[layer_idx].part()]
         if self._groups[layer_idx]:
             with self.stats.timed("search"):
                 found, ids = self._retrieve(query_states, layer_idx)
@@ -203,8 +175,7 @@ class TokenIndexCache(KV_Cache):
         return found, ids.to(query_states.device, non_blocking=True)
 
     def _count_tokens(self, layer_idx: int) -> None:
-        step = self.generated[layer_idx]
-        static = sum(length - len(self.indexed_range(length)) + step for length in self.prompt_lengths)
+        static = sum(self._zones[layer_idx].counts)
         context = sum(self.context_lengths(layer_idx))
         self.stats.attended += static * self.kv_head
         self.stats.attended_of += context * self.kv_head
@@ -216,37 +187,13 @@ class TokenIndexCache(KV_Cache):
             sequences = slice(group.start, group.start + group.count)
             length = self.prompt_lengths[group.start]
             indexed = self.indexed_range(length)
-            static_count = length - len(indexed) + self.generated[layer_idx]
-            queries = query_states[sequences].reshape(-1, self.group_size, self.head_dim).cpu().float()
+            queries = query_states[sequences].reshape(-1, self.group_size, self.head_dim).cpu()
             keys = self._keys[layer_idx][sequences, :, indexed.start : indexed.stop].flatten(0, 1)
-            static = self._static_keys[layer_idx][sequences, :, :static_count].flatten(0, 1).cpu()
-            ids = found_ids.cpu()
-            exact = exact_topk(keys, queries, min(self.top_k, len(indexed)))[1]
-            recall = (exact[..., :, None] == ids[..., None, :]).any(-1).float().mean(-1)
-            logits = queries @ torch.cat((keys, static), 1).float().transpose(1, 2) / self.head_dim**0.5
-            weights = logits.softmax(-1)
-            masses = [_mass(weights, unite(retrieved), len(indexed)) for retrieved in (ids, exact)]
-            per_sequence = (group.count, self.num_heads)
-            agreement.add(layer_idx, recall.view(per_sequence), *(mass.view(per_sequence) for mass in masses))
-
-    @property
-    def kv_bytes(self) -> int:
-        tokens = sum(self.context_lengths(self.layer_num - 1))
-        return 2 * self.layer_num * tokens * self.kv_head * self.head_dim * self.dtype.itemsize
+            zone = self._zones[layer_idx]
+            static_keys = zone.keys[sequences, :, : zone.counts[group.start]].flatten(0, 1).cpu()
+            tables = agreement_with_exact(queries, keys, static_keys, found_ids.cpu(), self.top_k)
+            agreement.add(layer_idx, *(table.view(group.count, self.num_heads) for table in tables))
 
     @property
     def index_bytes(self) -> int:
         return sum(group.index.nbytes for groups in self._groups for group in groups)
-
-
-def unite(ids: Tensor) -> Tensor:
-    """Union over the group of ids [R, g, k] -> [R, g * k] ascending, repeated ids replaced by -1."""
-    flat = ids.flatten(1).sort(dim=1).values
-    flat[:, 1:].masked_fill_(flat[:, 1:] == flat[:, :-1], -1)
-    return flat
-
-
-def _mass(weights: Tensor, united: Tensor, indexed: int) -> Tensor:
-    """Softmax mass [R, g] of the rows `united` [R, T] (-1 pads) and of all from `indexed` on; weights [R, g, n]."""
-    retrieved = weights.gather(2, united.clamp(min=0).long()[:, None].expand(-1, weights.shape[1], -1))
-    return weights[..., indexed:].sum(-1) + (retrieved * (united >= 0)[:, None]).sum(-1)

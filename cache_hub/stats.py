@@ -47,11 +47,13 @@ class Agreement:
 class CacheStats:
     """Totals since the cache was made; shares are of the tokens in the cache at that step.
 
-    Sums run over decode steps, layers, sequences and kv heads (tokens attended) or query heads (keys scored).
+    Sums run over decode steps, layers, sequences and kv heads (tokens attended, clusters estimated) or query heads
+    (keys scored). Tokens that only an estimate stands for are not attended.
     """
 
     attended: int = 0
     attended_of: int = 0
+    estimated: int = 0
     scored: int = 0
     scored_of: int = 0
     bytes_moved: int = 0

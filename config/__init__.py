@@ -1,7 +1,7 @@
 """Configuration of models and strategies: one JSON file per model, typed and validated, and the command line flags."""
 
 from config.cli import add_config_args, config_from_args
-from config.config import generate_config, load_config
+from config.config import cluster_counts, generate_config, load_config
 from config.schema import ATTENTION_TYPES, RETRIEVAL_STRATEGIES, GraphConfig, RetroInferConfig, resolve_strategy
 from config.section import ConfigError
 
@@ -12,6 +12,7 @@ __all__ = [
     "GraphConfig",
     "RetroInferConfig",
     "add_config_args",
+    "cluster_counts",
     "config_from_args",
     "generate_config",
     "load_config",

@@ -76,8 +76,8 @@ def config_from_args(args: argparse.Namespace, model_name: str, context_len: int
 
 
 def _add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
-    default = "" if field.is_required() else f"; default: the file's, {field.default!r} where it has none"
-    text = f"{field.description} (allowed: {allowed_values(field)}{default})".replace("%", "%%")
+    default = f"default: the file's, {field.default!r} where it has none"
+    text = f"{field.description} (allowed: {allowed_values(field)}; {default})".replace("%", "%%")
     if field.annotation is bool:
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text)
     else:

@@ -70,7 +70,7 @@ def generate_config(
 
     config = read_config(model_name)
     section = config["RetroInfer"]
-    n_segment, n_centroids = _cluster_counts(context_len)
+    n_segment, n_centroids = cluster_counts(context_len)
     section |= {
         "core": _worker_cores(),
         "n_centroids": n_centroids,
@@ -140,8 +140,11 @@ def _check_run(settings: RetroInferConfig, context_len: int, attn_type: str, giv
         )
 
 
-def _cluster_counts(context_len: int) -> tuple[int, int]:
-    """(n_segment, n_centroids): n_centroids is the multiple of lcm(8, n_segment) nearest to context_len / 16."""
+def cluster_counts(context_len: int) -> tuple[int, int]:
+    """(n_segment, n_centroids) of a context: one segment for 8192 tokens, one centroid for 16, rounded.
+
+    n_centroids is the multiple of lcm(8, n_segment) nearest to context_len / 16, the lower one where two are.
+    """
     n_segment = max(round(context_len / TOKENS_PER_SEGMENT), 1)
     factor = math.lcm(8, n_segment)
     target = max(round(context_len / TOKENS_PER_CENTROID), factor)

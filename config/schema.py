@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from config.section import ConfigError, Section
 
-RetrievalStrategy = Literal["full", "flat", "attention_aware_graph"]
+RetrievalStrategy = Literal["full", "flat", "attention_aware_graph", "wave_index"]
 RETRIEVAL_STRATEGIES: tuple[str, ...] = get_args(RetrievalStrategy)
 ATTENTION_TYPES: tuple[str, ...] = ("Full_Flash_Attn", "RetroInfer")
 
@@ -90,8 +90,9 @@ class GraphConfig(Section):
 class RetroInferConfig(Section):
     """Section `RetroInfer`: RetroInfer's keys with the values of its files, the strategy, and the strategy's section.
 
-    The keys of the wave index (n_centroids to gpu_only) are carried and checked, but read by no strategy of
-    `RETRIEVAL_STRATEGIES`.
+    The wave index reads the budgets, cache_ratio and gpu_only. Of its other keys, n_centroids and n_segment are what
+    its rule gives for one context length, while it follows the length of each prompt; pages_per_cluster,
+    buffer_cluster_num and use_cuda_graph are carried and checked, but read by no strategy.
     """
 
     static_pattern_start: int = Field(
@@ -101,9 +102,16 @@ class RetroInferConfig(Section):
         default=64, ge=1, description="last tokens, attended exactly and never indexed (window)"
     )
     core: int = Field(default=22, ge=1, description="CPU threads of build and search beside a GPU")
-    n_centroids: int = Field(default=8192, ge=1, description="clusters per kv head: one for 16 tokens, here of 131,072")
+    n_centroids: int = Field(
+        default=8192,
+        ge=1,
+        description="clusters per kv head: one for 16 tokens, here of 131,072; informative, wave_index follows the "
+        "prompt's length",
+    )
     n_segment: int = Field(
-        default=16, ge=1, description="segments clustered on their own: one for 8192 tokens, here of 131,072"
+        default=16,
+        ge=1,
+        description="segments clustered on their own: one for 8192 tokens, here of 131,072; informative likewise",
     )
     pages_per_cluster: int = Field(default=2, ge=1, description="pages of 8 tokens that an average cluster fills")
     retrieval_budget: float = Field(default=0.018, ge=0, le=1, description="share of the clusters attended exactly")
@@ -120,8 +128,9 @@ class RetroInferConfig(Section):
     use_cuda_graph: bool = Field(default=False, description="replay decoding as CUDA graphs")
     gpu_only: bool = Field(default=False, description="keep the whole KV store on the GPU")
     retrieval_strategy: RetrievalStrategy = Field(
-        description="which tokens a decoding query attends to; without this key wave_index, RetroInfer's own method, "
-        "would be meant, which is not implemented in this version"
+        default="wave_index",
+        description="which tokens a decoding query attends to. wave_index, RetroInfer's own method, is what its files "
+        "mean, which have no such key",
     )
     attention_aware_graph: GraphConfig = Field(
         default=GraphConfig(), description="knobs of the strategy of the same name"

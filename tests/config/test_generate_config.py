@@ -206,15 +206,35 @@ def test_unknown_attention_type() -> None:
 def test_retrieval_strategy_argument() -> None:
     assert section()["retrieval_strategy"] == "attention_aware_graph"
     assert section(retrieval_strategy="flat")["retrieval_strategy"] == "flat"
-    expected = "RetroInfer.retrieval_strategy: got 'ivf', allowed: 'full', 'flat', 'attention_aware_graph'"
-    assert error_of(retrieval_strategy="ivf") == expected
+    expected = "RetroInfer.retrieval_strategy: got 'annoy', allowed: 'full', 'flat', 'attention_aware_graph'"
+    assert error_of(retrieval_strategy="annoy").startswith(expected)
 
 
-def test_argument_stands_in_for_a_strategy_missing_in_the_file(write_config: Write) -> None:
+def test_a_strategy_missing_in_the_file_is_wave_index_or_the_argument(write_config: Write) -> None:
     write_config({"RetroInfer": {}})
-    assert generate_config("org/tiny", 8192, "RetroInfer", retrieval_strategy="flat")["RetroInfer"]["core"] >= 1
-    with pytest.raises(ConfigError, match="wave_index"):
-        generate_config("org/tiny", 8192, "RetroInfer")
+    run = lambda **given: generate_config("org/tiny", 8192, "RetroInfer", **given)["RetroInfer"]  # noqa: E731
+    assert run()["retrieval_strategy"] == "wave_index"
+    assert run(retrieval_strategy="flat")["retrieval_strategy"] == "flat"
+
+
+def test_a_file_of_retroinfers_own_runs_unchanged(write_config: Write) -> None:
+    file = {
+        "static_pattern_start": 4,
+        "static_pattern_end": 64,
+        "core": 22,
+        "n_centroids": 8192,
+        "n_segment": 16,
+        "pages_per_cluster": 2,
+        "retrieval_budget": 0.018,
+        "estimation_budget": 0.232,
+        "cache_ratio": 0.05,
+        "buffer_cluster_num": 32,
+        "use_cuda_graph": False,
+        "gpu_only": False,
+    }
+    write_config({"RetroInfer": file})
+    result = generate_config("org/tiny", 131072, "RetroInfer")["RetroInfer"]
+    assert (result["retrieval_strategy"], result["n_centroids"], result["n_segment"]) == ("wave_index", 8192, 16)
 
 
 @pytest.mark.parametrize("given", [{"retrieval_strategy": "flat"}, {"overrides": {"retrieval_strategy": "flat"}}])

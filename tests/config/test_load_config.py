@@ -92,8 +92,8 @@ def test_file_without_the_section(write_config: Write, content: Any) -> None:
             "Other: unknown key, got {}, known keys: RetroIn",
         ),
         (
-            {"RetroInfer": {}},
-            "RetroInfer.retrieval_strategy: missing, allowed: 'full', 'flat', 'attention_aware_graph'",
+            {"RetroInfer": {"retrieval_strategy": None}},
+            "RetroInfer.retrieval_strategy: got None, allowed: 'full', 'flat', 'attention_aware_graph'",
         ),
         (
             {"RetroInfer": {"retrieval_strategy": "flat", "attention_aware_graph": {"key_degree": 0}}},

@@ -5,6 +5,7 @@ import torch
 from comparison import greedy_tokens, left_padded, relative_error
 from transformers import AutoModelForCausalLM
 
+from cache_hub import WaveIndexCache
 from config import RetroInferConfig, generate_config
 from model_hub import load_model, load_tokenizer
 
@@ -78,6 +79,26 @@ def test_prefill_groups_do_not_change_the_tokens(prefill_bsz, tiny):
     assert generate(tiny, ids, None, 12, prefill_bsz=prefill_bsz) == alone
     assert tiny.timing.decode_steps == 11
     assert tiny.cache.context_lengths(0) == [61] * 5
+
+
+def test_the_wave_index_with_every_cluster_retrieved_gives_the_tokens_of_full_attention(tiny, monkeypatch):
+    monkeypatch.setattr(WaveIndexCache, "update_tokens", 64)
+    ids, mask = left_padded([300, 60, 211], tiny.spec.vocab_size)
+    config = generate_config("unheard-of", 300, "RetroInfer", 1.0, retrieval_strategy="wave_index")
+    tokens = tiny.generate("RetroInfer", ids, mask, 100, config)
+    assert tiny.cache.index_bytes > 0
+    assert tiny.cache.stats.seconds["update"] > 0
+    assert tokens == generate(tiny, ids, mask, 100)
+
+
+def test_the_wave_index_at_its_defaults_drops_tokens_and_generates(tiny, monkeypatch):
+    monkeypatch.setattr(WaveIndexCache, "update_tokens", 64)
+    ids, _ = left_padded([400, 400], tiny.spec.vocab_size)
+    config = generate_config("unheard-of", 400, "RetroInfer", retrieval_strategy="wave_index")
+    alone = [tiny.generate("RetroInfer", ids[row : row + 1], None, 100, config)[0] for row in range(2)]
+    assert tiny.generate("RetroInfer", ids, None, 100, config, prefill_bsz=2) == alone
+    assert tiny.cache.stats.attended_share < 0.5
+    assert tiny.cache.stats.estimated > 0
 
 
 def test_end_tokens(tiny):

@@ -1,0 +1,167 @@
+"""Segmented spherical k-means over a context's keys: the clusters of RetroInfer's wave index (arXiv 2505.02922)."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import cluster_counts
+
+# Inner products held at once while keys are assigned: 8 MiB stay in a CPU's cache, 512 MiB keep a GPU busy.
+_SCORES_ON_CPU, _SCORES_ON_GPU = 1 << 21, 1 << 27
+# Elements of float32 keys held at once beside the caller's.
+_KEYS_AT_ONCE = 1 << 26
+
+
+@dataclass(frozen=True)
+class ClusterCounts:
+    """How many clusters a context has, and how many of them a query retrieves and estimates, per kv head."""
+
+    segments: int
+    centroids: int
+    retrieved: int
+    estimated: int
+
+    @classmethod
+    def for_length(cls, length: int, retrieval_budget: float, estimation_budget: float) -> ClusterCounts:
+        """Counts for a context of `length` tokens; the budgets are shares of the clusters, both in [0, 1].
+
+        At least one cluster is retrieved, and what is retrieved is not estimated too. Raises ValueError for a length
+        below 1 or a budget outside [0, 1]. Source: RetroInfer's configuration code.
+        """
+        if length < 1:
+            raise ValueError(f"length: got {length}, allowed: >= 1")
+        for name, budget in (("retrieval_budget", retrieval_budget), ("estimation_budget", estimation_budget)):
+            if not 0 <= budget <= 1:
+                raise ValueError(f"{name}: got {budget}, allowed: 0 to 1")
+        segments, centroids = cluster_counts(length)
+        retrieved = min(max(round(centroids * retrieval_budget), 1), centroids)
+        estimated = min(round(centroids * estimation_budget), centroids - retrieved)
+        return cls(segments, centroids, retrieved, estimated)
+
+    def __add__(self, other: ClusterCounts) -> ClusterCounts:
+        return ClusterCounts(*(mine + more for mine, more in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass
+class Clusters:
+    """Clusters of the keys of R = batch * kv_heads rows, each row's own.
+
+    centroids [R, C, D] float32: mean of the member keys; of an empty cluster a stale direction plus the mean key.
+    sizes [R, C] int32: number of members; 0 where empty.
+    value_sums [R, C, D] float32: sum of the members' values.
+    assignment [R, N] int32: the cluster of every key.
+    """
+
+    centroids: Tensor
+    sizes: Tensor
+    value_sums: Tensor
+    assignment: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.centroids, self.sizes, self.value_sums, self.assignment))
+
+
+@torch.no_grad()
+def cluster_keys(keys: Tensor, values: Tensor, segments: int, centroids: int, iterations: int = 10) -> Clusters:
+    """Clusters keys [R, N, D], any floating dtype, into `centroids` clusters a row, in float32 on the keys' device.
+
+    Spherical k-means on the keys minus their mean, starting from evenly spaced keys: `iterations` - 1 rounds inside
+    each of `segments` runs of consecutive keys, then one assignment of every key to the best of all centroids, whose
+    plain means are the result. Keys left over behind the last segment take part in that assignment only. values
+    [R, N, D] are summed by cluster. Nothing is drawn at random; ties go to the smaller index; the scores held at once
+    are bounded, whatever N is. Source: RetroInfer, section on the wave index.
+
+    Raises ValueError for shapes that do not fit, centroids that segments does not divide, segments of fewer keys than
+    centroids, or fewer than one iteration.
+    """
+    _check(keys, values, segments, centroids, iterations)
+    rows, count, dim = keys.shape
+    result = Clusters(
+        centroids=keys.new_empty(rows, centroids, dim, dtype=torch.float32),
+        sizes=keys.new_empty(rows, centroids, dtype=torch.int32),
+        value_sums=keys.new_empty(rows, centroids, dim, dtype=torch.float32),
+        assignment=keys.new_empty(rows, count, dtype=torch.int32),
+    )
+    step = max(_KEYS_AT_ONCE // (count * dim), 1)
+    for first in range(0, rows, step):
+        block = slice(first, first + step)
+        points = keys[block].float()
+        mean = points.mean(1, keepdim=True)
+        points = points - mean
+        directions = _directions(points, segments, centroids, iterations)
+        assignment = _assign(points, directions)
+        sums, sizes = _sum_members(points, assignment, centroids)
+        means = torch.where(sizes[..., None] > 0, sums / sizes.clamp(min=1)[..., None], directions)
+        result.centroids[block] = means + mean
+        result.sizes[block] = sizes
+        result.value_sums[block] = _sum_members(values[block].float(), assignment, centroids)[0]
+        result.assignment[block] = assignment
+    return result
+
+
+def _directions(points: Tensor, segments: int, centroids: int, iterations: int) -> Tensor:
+    """Centroids [R, C, D] of centred points [R, N, D] after all rounds but the last; unit length where updated."""
+    rows, count, dim = points.shape
+    # floor((i + 0.5) N / C) in integers
+    start = (2 * torch.arange(centroids, device=points.device) + 1) * count // (2 * centroids)
+    each = count // segments
+    directions = points[:, start].view(rows * segments, centroids // segments, dim)
+    parts = points[:, : segments * each].reshape(rows * segments, each, dim)
+    for _ in range(iterations - 1):
+        sums, sizes = _sum_members(parts, _assign(parts, directions), centroids // segments)
+        directions = torch.where(sizes[..., None] > 0, F.normalize(sums, dim=-1), directions)
+    return directions.view(rows, centroids, dim)
+
+
+def _assign(points: Tensor, directions: Tensor) -> Tensor:
+    """Cluster [U, m] int64 of the largest inner product for points [U, m, D] and directions [U, C, D]."""
+    units, count, _ = points.shape
+    clusters = directions.shape[1]
+    limit = _SCORES_ON_CPU if points.device.type == "cpu" else _SCORES_ON_GPU
+    best = torch.empty(units, count, dtype=torch.int64, device=points.device)
+    wide = max(limit // (clusters * count), 1)
+    long = min(max(limit // clusters, 1), count)
+    for u in range(0, units, wide):
+        transposed = directions[u : u + wide].transpose(1, 2)
+        for i in range(0, count, long):
+            best[u : u + wide, i : i + long] = (points[u : u + wide, i : i + long] @ transposed).max(-1).indices
+    return best
+
+
+def _sum_members(points: Tensor, assignment: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """Sums [U, C, D] and numbers [U, C] of the points [U, m, D] that assignment [U, m] puts into each cluster."""
+    units, _, dim = points.shape
+    flat = (assignment + clusters * torch.arange(units, device=points.device)[:, None]).flatten()
+    sizes = flat.bincount(minlength=units * clusters)
+    points = points.reshape(-1, dim)
+    if points.is_cuda:  # index_add_ adds in whatever order its threads come
+        ordered = points[flat.argsort(stable=True)]
+        sums = torch.segment_reduce(ordered, "sum", lengths=sizes, axis=0, unsafe=True)
+    else:
+        sums = points.new_zeros(units * clusters, dim).index_add_(0, flat, points)
+    return sums.view(units, clusters, dim), sizes.view(units, clusters)
+
+
+def _check(keys: Tensor, values: Tensor, segments: int, centroids: int, iterations: int) -> None:
+    if keys.dim() != 3 or keys.shape != values.shape or not keys.is_floating_point():
+        raise ValueError(
+            f"keys, values: got {keys.dtype} {list(keys.shape)}, {values.dtype} {list(values.shape)}, allowed: "
+            "floating, both [R, N, D]"
+        )
+    count = keys.shape[1]
+    if iterations < 1:
+        raise ValueError(f"iterations: got {iterations}, allowed: >= 1")
+    if segments < 1 or centroids < 1 or centroids % segments:
+        raise ValueError(
+            f"centroids, segments: got {centroids}, {segments}, allowed: both >= 1, centroids a multiple of segments"
+        )
+    if centroids > count // segments * segments:
+        raise ValueError(
+            f"centroids: got {centroids} in {segments} segments, allowed: at most {count // segments * segments}, one "
+            f"for every key in segments of {count // segments}"
+        )
