@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .cache import KV_Cache
+from .faiss_cache import HNSWCache, IVFCache
 from .flat_cache import FlatCache
 from .full_cache import FullCache
 from .graph_cache import AttentionAwareGraphCache
@@ -17,6 +18,8 @@ STRATEGIES: dict[str, type[KV_Cache]] = {
     "full": FullCache,
     "flat": FlatCache,
     "attention_aware_graph": AttentionAwareGraphCache,
+    "ivf": IVFCache,
+    "hnsw": HNSWCache,
 }
 
 
@@ -37,6 +40,8 @@ __all__ = [
     "CacheStats",
     "FlatCache",
     "FullCache",
+    "HNSWCache",
+    "IVFCache",
     "KV_Cache",
     "make_cache",
 ]
