@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -64,7 +66,7 @@ def causal_knn(
         lists[r, h, part] = causal(keys[r], queries[r, h, part].float().contiguous(), visible[part], k)
 
     tasks = [(r, h, begin) for r in range(rows) for h in range(group) for begin in range(0, m, block)]
-    _run(work, tasks, device, num_threads)
+    in_parallel(work, tasks, device, num_threads)
     return lists
 
 
@@ -90,7 +92,7 @@ def key_knn(keys: Tensor, k: int, block: int = 4096, backend: str = "auto", num_
         keep[:, -1] &= ~keep.all(dim=1)
         lists[r, begin : begin + len(part)] = ids[keep].view(-1, k)
 
-    _run(work, [(r, begin) for r in range(rows) for begin in range(0, n, block)], keys.device, num_threads)
+    in_parallel(work, [(r, begin) for r in range(rows) for begin in range(0, n, block)], keys.device, num_threads)
     return lists
 
 
@@ -103,9 +105,11 @@ def exact_topk(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return pad_topk(scores, ids.int(), k)
 
 
-def _run(
+def in_parallel(
     work: Callable[..., None], tasks: Iterable[tuple[Any, ...]], device: torch.device, threads: int | None
 ) -> None:
+    """Calls work(*task) for every task: one after another for states on a GPU, else by `threads` threads (None:
+    torch's count), with faiss at one thread in each. The first error of a task is raised when its turn comes."""
     if device.type != "cpu":
         for task in tasks:
             work(*task)
@@ -117,14 +121,27 @@ def _run(
     faiss.cvar.distance_compute_blas_threshold = 0
     # Threads of a pool do not inherit the mode, without which they may not write what was made in it.
     work = torch.inference_mode()(work)
-    # One OpenMP thread in each: many short parallel regions wait for one another, worst where cores are shared.
-    workers = threads or torch.get_num_threads()
+    pool = _pool(threads or torch.get_num_threads())
     try:
-        with ThreadPoolExecutor(workers, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
-            for done in [pool.submit(work, *task) for task in tasks]:
-                done.result()
+        running = [pool.submit(work, *task) for task in tasks]
+        wait(running)
+        for done in running:
+            done.result()
     finally:
         faiss.cvar.distance_compute_blas_threshold = threshold
+
+
+@cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    """Threads kept for the process, since starting them takes longer than a search, with one OpenMP thread in each:
+    many short parallel regions wait for one another, worst where cores are shared."""
+    import faiss
+
+    return ThreadPoolExecutor(workers, initializer=faiss.omp_set_num_threads, initargs=(1,))
+
+
+# A forked child has none of its parent's threads.
+os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _nearest_faiss(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
