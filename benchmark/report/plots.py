@@ -7,10 +7,11 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
@@ -88,8 +89,19 @@ def heatmap(title: str, rows: Sequence[str], panels: Sequence[Panel], sum_rows: 
     return _png(figure)
 
 
-def against_cost(x_titles: Sequence[str], y_title: str, points: Sequence[Point], logarithmic: Sequence[bool]) -> bytes:
-    """One panel for each x, one marker for each point, one kind of marker for each series."""
+def against_cost(
+    x_titles: Sequence[str],
+    y_title: str,
+    points: Sequence[Point],
+    logarithmic: Sequence[bool],
+    *,
+    logarithmic_y: bool = False,
+    better: Literal["higher", "lower"] | None = None,
+) -> bytes:
+    """One panel for each x, one marker for each point, one kind of marker for each series.
+
+    better: a series' line joins the points that none of it beats in both x (the less the better) and y; None: all.
+    """
     series = list(dict.fromkeys(point.series for point in points))
     colours = {name: _COLOURS[s % len(_COLOURS)] for s, name in enumerate(series)}
     columns = min(len(series), 4)
@@ -104,19 +116,22 @@ def against_cost(x_titles: Sequence[str], y_title: str, points: Sequence[Point],
         for s, name in enumerate(series):
             mine = [(x, point.y) for point in points if point.series == name and (x := point.x[i]) is not None]
             style = {"color": colours[name], "marker": _MARKERS[s % len(_MARKERS)]}
+            if better is not None and mine:
+                axes.plot(*zip(*_front(mine, better), strict=True), linewidth=0.7, color=colours[name])
             handles[name] = axes.plot(
                 *zip(*mine, strict=True) if mine else ([], []),
                 markersize=8,
-                linewidth=0.7,
+                linewidth=0.7 if better is None else 0,
                 markeredgecolor="white",
                 markeredgewidth=0.6,
                 **style,
             )[0]
         if logarithmic[i]:
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+            _plain_ticks(axes.xaxis)
+        if logarithmic_y:
+            axes.set_yscale("log")
+            _plain_ticks(axes.yaxis)
         axes.margins(0.1)
         axes.autoscale_view()
         axes.set_xlabel(x_titles[i])
@@ -129,6 +144,23 @@ def against_cost(x_titles: Sequence[str], y_title: str, points: Sequence[Point],
         shown = [(x, point) for point in points if (x := point.x[i]) is not None]
         _label(axes, [(x, point.y, point.label, colours[point.series]) for x, point in shown])
     return _png(figure)
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10, .. on a logarithmic axis, written out."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _front(points: Sequence[tuple[float, float]], better: str) -> list[tuple[float, float]]:
+    """The (x, y) that no other one beats in both, by x ascending."""
+    sign = 1 if better == "higher" else -1
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -sign * point[1])):
+        if not front or sign * y > sign * front[-1][1]:
+            front.append((x, y))
+    return front
 
 
 def _paint(axes: Axes, panel: Panel) -> None:
