@@ -26,10 +26,11 @@ _AGREEMENTS = ("recall", "mass", "mass_of_exact")
 class Average:
     """A configuration on all its traces of a group. values: means over the traces of what each trace's row states, as
     error_median, recall, keys_scored ..; of worst heads (error_worst, recall_worst ..) the worst trace's. What a row
-    does not state is not in it."""
+    does not state is not in it. top_k: tokens retrieved per query head, where the strategy has such a number."""
 
     name: str
     series: str
+    top_k: int
     traces: int
     values: dict[str, float]
 
@@ -81,7 +82,15 @@ def _average(rows: Sequence[dict[str, Any]]) -> Average:
         stated = [each[key] for each in measured if key in each]
         worst = max if key == "error_worst" else min if key.endswith("_worst") else None
         values[key] = worst(stated) if worst else sum(stated) / len(stated)
-    return Average(rows[0]["name"], series, len(rows), values)
+    return Average(rows[0]["name"], series, _top_k(rows[0]), len(rows), values)
+
+
+def _top_k(row: dict[str, Any]) -> int:
+    """That of the strategy's own section, or of the graph's, which holds for all others."""
+    own, graph = (
+        row["settings"].get(section, {}).get("top_k") for section in (row["strategy"], "attention_aware_graph")
+    )
+    return own or graph or 0
 
 
 def _values(row: dict[str, Any]) -> dict[str, float]:

@@ -77,11 +77,10 @@ class Bench:
                         self.output.add({**_described(row, folder), **measured, "environment": where})
 
     def _plan(self, folder: TraceFolder, configurations: Sequence[Configuration], base: Sequence[str]) -> list[_Row]:
-        tokens = folder.load(next(iter(folder.files))).keys.shape[1]
         model = str(folder.info.get("protocol", {}).get("model", "unknown"))
         rows: list[_Row] = []
         for configuration in configurations:
-            settings = configuration.settings(model, tokens, base)
+            settings = configuration.settings(model, folder.tokens, base)
             row = _Row(configuration, settings, row_key(configuration.strategy, settings, folder.digest))
             for other in rows:
                 if other.key == row.key:
@@ -112,7 +111,7 @@ class Bench:
                 bar.update()
             del cache
         shape = trace.tests.shape
-        asked = {"tokens": trace.keys.shape[1], "queries": shape[2], "held_out": trace.held_out}
+        asked = {"tokens": folder.tokens, "queries": shape[2], "held_out": trace.held_out}
         sizes = {"kv_heads": shape[0], "group": shape[1], "head_dim": shape[3], "layers": list(folder.files)}
         return [{**asked, **sizes, **summarize(layers, shape, self.metrics)} for layers in results]
 

@@ -24,7 +24,7 @@ from ..ruler.options import SHORT_NAMES
 from ..ruler.sources import Sources
 from .layers import parse_layers
 from .prompts import Prompt, ruler_prompt, text_prompt
-from .recorder import PART, RecordingCache
+from .recorder import PART, record_states
 from .traces import INFO_FILE, file_name, read_info
 
 
@@ -151,7 +151,7 @@ def record(
     # Before the files: a folder whose trace.json lists more than there is was left in the middle.
     write_json(folder / INFO_FILE, info)
     try:
-        cache, decoded = _run_model(llm, prompt.ids, decode_tokens, folder, wanted)
+        cache, decoded = record_states(llm, prompt.ids, decode_tokens, folder, wanted)
         if info["decoded"] not in (None, decoded):
             raise ValueError(f"output: {folder} holds states of the answer {info['decoded']}, now it is {decoded}")
         info |= {"decoded": decoded, "answer": tokenizer.decode(decoded)}
@@ -161,31 +161,6 @@ def record(
         for stale in folder.glob(f"*{PART}"):
             stale.unlink()
     return f"{len(wanted)} files of {len(prompt.ids)} tokens, {len(decoded)} decoded: {info['answer']!r}"
-
-
-@torch.inference_mode()
-def _run_model(
-    llm: LLM, ids: list[int], decode_tokens: int, folder: Path, wanted: list[tuple[int, int]]
-) -> tuple[RecordingCache, list[int]]:
-    """The cache with everything recorded, and the tokens whose queries those of the decode steps are."""
-    spec = llm.spec
-    cache = RecordingCache(
-        folder=folder,
-        wanted=wanted,
-        layer_num=spec.layer_num,
-        batch_size=1,
-        max_length=len(ids) + decode_tokens,
-        max_new_length=decode_tokens,
-        num_key_value_heads=spec.num_key_value_heads,
-        num_heads=spec.num_heads,
-        head_dim=spec.head_dim,
-        dtype=llm.dtype,
-        layer_mapping=llm.layer_mapping,
-    )
-    first = llm.prefill(torch.tensor([ids]), None, cache).argmax(-1)
-    answer = torch.cat((first[:, None], llm.decode(cache, first, decode_tokens, stop_ids=llm.eos_ids)), 1)
-    # The last token was only predicted, none of its states exist.
-    return cache, answer[0, : cache.generated[0]].tolist()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -111,28 +111,37 @@ def figures(group: Group) -> list[Image]:
     """Error against bytes and keys scored, recall against keys scored; none where nothing is to be drawn."""
     from ..report.plots import Point, against_cost  # imports matplotlib
 
-    where = f"{Path(group.model).name}, {tokens(group.context_len)} tokens"
+    length = f"{tokens(group.context_len)} tokens"
+    where = f"{Path(group.model).name}, {length}"
     end = f"{Path(group.model).name}_{group.context_len}.png"
 
-    def points(y: str, x: Sequence[tuple[str, float]], least: float) -> list[Point]:
+    def points(y: str, x: Sequence[tuple[str, float]], least: float, by_top_k: bool) -> list[Point]:
+        """Those above `least` in y; x: (cost, unit) of every panel; by_top_k: a line for each top_k."""
+
         def at(average: Average, key: str, unit: float) -> float | None:
             return average.values[key] / unit if average.values.get(key) else None
 
         return [
-            Point(tuple(at(average, *cost) for cost in x), average.values[y], label, average.series)
+            Point(
+                tuple(at(average, *cost) for cost in x),
+                average.values[y],
+                label,
+                average.series,
+                f"top {average.top_k}" if by_top_k else "",
+            )
             for average, label in zip(group.averages, group.labels(), strict=True)
             if average.values.get(y, -1.0) > least
         ]
 
     images = []
-    if errors := points("error_median", [("bytes_read", 1024), ("keys_scored", 1)], EXACT):
+    if errors := points("error_median", [("bytes_read", 1024), ("keys_scored", 1)], EXACT, False):
         titles = ["KiB read per kv head and query", "keys scored per query head and query"]
-        y_title = f"output error (median), {where}"
+        y_title = f"median output error, {length}"
         png = against_cost(titles, y_title, errors, [True, True], logarithmic_y=True, better="lower")
         images.append(Image(f"error_{end}", png, f"Output error against KiB read and keys scored, {where}"))
-    if recalls := [point for point in points("recall", [("keys_scored", 1)], 0.0) if point.x[0] is not None]:
+    if recalls := points("recall", [("keys_scored", 1)], 0.0, True):
         png = against_cost(
-            ["keys scored per query head and query"], f"recall, {where}", recalls, [True], better="higher"
+            ["keys scored per query head and query"], f"recall of the top k, {length}", recalls, [True], better="higher"
         )
         images.append(Image(f"recall_{end}", png, f"Recall against keys scored, {where}"))
     return images

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cache_hub import FullCache
+from model_hub import LLM
 
 from .traces import file_name
 
@@ -77,3 +78,28 @@ def as_float16(states: Tensor, what: str) -> np.ndarray:
         largest = states.abs().max().item()
         raise ValueError(f"{what}: got {largest:g}, allowed: up to 65504, as traces are float16")
     return np.ascontiguousarray(half.cpu().numpy())
+
+
+@torch.inference_mode()
+def record_states(
+    llm: LLM, ids: list[int], decode_tokens: int, folder: Path, wanted: list[tuple[int, int]]
+) -> tuple[RecordingCache, list[int]]:
+    """The cache with everything recorded, and the tokens whose queries those of the decode steps are."""
+    spec = llm.spec
+    cache = RecordingCache(
+        folder=folder,
+        wanted=wanted,
+        layer_num=spec.layer_num,
+        batch_size=1,
+        max_length=len(ids) + decode_tokens,
+        max_new_length=decode_tokens,
+        num_key_value_heads=spec.num_key_value_heads,
+        num_heads=spec.num_heads,
+        head_dim=spec.head_dim,
+        dtype=llm.dtype,
+        layer_mapping=llm.layer_mapping,
+    )
+    first = llm.prefill(torch.tensor([ids]), None, cache).argmax(-1)
+    answer = torch.cat((first[:, None], llm.decode(cache, first, decode_tokens, stop_ids=llm.eos_ids)), 1)
+    # The last token was only predicted, none of its states exist.
+    return cache, answer[0, : cache.generated[0]].tolist()

@@ -14,7 +14,7 @@ import json
 import re
 import zipfile
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,13 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class TraceFolder:
-    """A folder of trace files. info: its trace.json, empty without one; files: paths by layer and kv head."""
+    """A folder of trace files. info: its trace.json, empty without one; files: paths by layer and kv head; tokens: of
+    the prompt, without what is held out."""
 
     path: Path
     info: dict[str, Any]
     files: dict[int, dict[int, Path]]
+    tokens: int = 0
 
     @property
     def name(self) -> str:
@@ -59,9 +61,10 @@ class TraceFolder:
 
     @property
     def digest(self) -> str:
-        """Of trace.json and of the files' names and sizes: another trace under the same name has another one."""
+        """Of how it was made and of the files' names and sizes: another trace under the same name has another one."""
+        made = [self.info.get("protocol"), self.info.get("decoded")]
         sizes = [(p.name, p.stat().st_size) for heads in self.files.values() for p in heads.values()]
-        return hashlib.sha256(json.dumps([self.info, sizes], sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps([made, sizes], sort_keys=True).encode()).hexdigest()[:12]
 
     def load(self, layer: int) -> LayerTrace:
         """Reads a layer. Raises ValueError as read_file, and where kv heads differ in shape or there is no prompt."""
@@ -126,7 +129,7 @@ def open_folder(path: Path, layers: Collection[int] | None = None) -> TraceFolde
     if len(set(shapes.values())) > 1:
         told = ", ".join(f"layer {layer} {list(shape)}" for layer, shape in shapes.items())
         raise ValueError(f"traces: {path} mixes prompts, [kv heads, g, n, t] are {told}; allowed: the same for all")
-    return folder
+    return replace(folder, tokens=shapes[chosen[0]][2])
 
 
 def read_info(path: Path) -> dict[str, Any]:

@@ -50,12 +50,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class Point:
-    """x by panel, y, what stands beside the marker, and whose marker it is."""
+    """x by panel, y, what stands beside the marker, whose marker it is, and to which of its lines it belongs."""
 
     x: tuple[float | None, ...]
     y: float
     label: str
     series: str
+    line: str = ""
 
 
 def heatmap(title: str, rows: Sequence[str], panels: Sequence[Panel], sum_rows: int) -> bytes:
@@ -100,7 +101,8 @@ def against_cost(
 ) -> bytes:
     """One panel for each x, one marker for each point, one kind of marker for each series.
 
-    better: a series' line joins the points that none of it beats in both x (the less the better) and y; None: all.
+    better: a line joins those of its points that no other one beats in both x (the less the better) and y, and where
+    markers of a series cover each other only the first is labelled; None: lines join all points, all are labelled.
     """
     series = list(dict.fromkeys(point.series for point in points))
     colours = {name: _COLOURS[s % len(_COLOURS)] for s, name in enumerate(series)}
@@ -109,15 +111,20 @@ def against_cost(
     figure = _figure((6.1 * len(x_titles), 5 + 0.05 * max(len(points) - 12, 0)))
     panels = figure.subplots(1, len(x_titles), squeeze=False)[0]
     figure.subplots_adjust(
-        left=0.07, right=0.985, wspace=0.16, top=0.97, bottom=(legend_height + 0.62) / figure.get_figheight()
+        left=0.85 / figure.get_figwidth(),
+        right=0.985,
+        wspace=0.16,
+        top=0.97,
+        bottom=(legend_height + 0.62) / figure.get_figheight(),
     )
     handles: dict[str, Any] = {}
     for i, axes in enumerate(panels):
         for s, name in enumerate(series):
             mine = [(x, point.y) for point in points if point.series == name and (x := point.x[i]) is not None]
             style = {"color": colours[name], "marker": _MARKERS[s % len(_MARKERS)]}
-            if better is not None and mine:
-                axes.plot(*zip(*_front(mine, better), strict=True), linewidth=0.7, color=colours[name])
+            if better is not None:
+                for joined in _fronts([p for p in points if p.series == name], i, better):
+                    axes.plot(*zip(*joined, strict=True), linewidth=0.7, color=colours[name])
             handles[name] = axes.plot(
                 *zip(*mine, strict=True) if mine else ([], []),
                 markersize=8,
@@ -142,7 +149,10 @@ def against_cost(
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=columns, frameon=False)
     for i, axes in enumerate(panels):
         shown = [(x, point) for point in points if (x := point.x[i]) is not None]
-        _label(axes, [(x, point.y, point.label, colours[point.series]) for x, point in shown])
+        if better is not None:
+            shown = _apart(axes, shown)
+        drawn = [line.get_xydata() for line in axes.lines if line.get_linewidth()]
+        _label(axes, [(x, point.y, point.label, colours[point.series]) for x, point in shown], drawn)
     return _png(figure)
 
 
@@ -153,14 +163,33 @@ def _plain_ticks(axis: Axis) -> None:
     axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _front(points: Sequence[tuple[float, float]], better: str) -> list[tuple[float, float]]:
-    """The (x, y) that no other one beats in both, by x ascending."""
+def _fronts(points: Sequence[Point], panel: int, better: str) -> list[list[tuple[float, float]]]:
+    """Of every line the (x, y) that no other one beats in both, by x ascending."""
     sign = 1 if better == "higher" else -1
-    front: list[tuple[float, float]] = []
-    for x, y in sorted(points, key=lambda point: (point[0], -sign * point[1])):
-        if not front or sign * y > sign * front[-1][1]:
-            front.append((x, y))
-    return front
+    by_line: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
+        if (x := point.x[panel]) is not None:
+            by_line.setdefault(point.line, []).append((x, point.y))
+    fronts = []
+    for places in by_line.values():
+        front: list[tuple[float, float]] = []
+        for x, y in sorted(places, key=lambda place: (place[0], -sign * place[1])):
+            if not front or sign * y > sign * front[-1][1]:
+                front.append((x, y))
+        fronts.append(front)
+    return fronts
+
+
+def _apart(axes: Axes, shown: Sequence[tuple[float, Point]]) -> list[tuple[float, Point]]:
+    """The (x, point) whose marker does not cover that of an earlier one of its series."""
+    size = 6 * _PIXELS_PER_INCH / 72
+    kept: list[tuple[float, Point]] = []
+    for x, point in shown:
+        at = axes.transData.transform((x, point.y))
+        others = [axes.transData.transform((x2, other.y)) for x2, other in kept if other.series == point.series]
+        if all(np.abs(at - other).max() > size for other in others):
+            kept.append((x, point))
+    return kept
 
 
 def _paint(axes: Axes, panel: Panel) -> None:
@@ -182,14 +211,15 @@ def _paint(axes: Axes, panel: Panel) -> None:
         spine.set_color("#aab3bd")
 
 
-def _label(axes: Axes, labelled: Sequence[tuple[float, float, str, str]]) -> None:
-    """Writes the label of each (x, y, label, colour) where it covers least of markers, lines, labels and the edge."""
+def _label(axes: Axes, labelled: Sequence[tuple[float, float, str, str]], lines: Sequence[Any]) -> None:
+    """Writes the label of each (x, y, label, colour) where it covers least of markers, lines [n, 2], labels and the
+    edge."""
     pixel = _PIXELS_PER_INCH / 72
     inside = (axes.bbox.x0, axes.bbox.y0, axes.bbox.x1, axes.bbox.y1)
     markers = [axes.transData.transform((x, y)) for x, y, _, _ in labelled]
     taken = [_box(x, y, 10 * pixel, 10 * pixel) for x, y in markers]
-    for i, (start, end) in enumerate(itertools.pairwise(markers)):
-        if labelled[i][3] == labelled[i + 1][3]:
+    for line in lines:
+        for start, end in itertools.pairwise(axes.transData.transform(line) if len(line) else ()):
             pieces = 2 + int(np.hypot(*(end - start)) / (4 * pixel))
             taken += [_box(x, y, 4 * pixel, 4 * pixel) for x, y in np.linspace(start, end, pieces)[1:-1]]
     for (x, y), (*point, label, colour) in zip(markers, labelled, strict=True):
