@@ -19,5 +19,5 @@ def exact_attention(trace: LayerTrace) -> Tensor:
 
 def relative_errors(outputs: Tensor, exact: Tensor) -> Tensor:
     """||o - o_exact||_2 / ||o_exact||_2 over the last dimension, float64; 0 / 0 is 0."""
-    distance = (outputs.double() - exact).norm(dim=-1)
-    return distance / exact.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
+    distance = (outputs.double() - exact.double()).norm(dim=-1)
+    return distance / exact.double().norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
