@@ -45,12 +45,11 @@ class Group:
     averages: Sequence[Average]
 
     def labels(self) -> list[str]:
-        """Names without what all names of a series begin with."""
+        """Names without the words that all names of a series begin or end with."""
         by_series: dict[str, list[str]] = defaultdict(list)
         for average in self.averages:
             by_series[average.series].append(average.name)
-        begins = {series: _common_words(names) for series, names in by_series.items()}
-        return [average.name.removeprefix(begins[average.series]) for average in self.averages]
+        return [_own_words(average.name, by_series[average.series]) for average in self.averages]
 
 
 def group_rows(rows: Sequence[dict[str, Any]]) -> list[Group]:
@@ -104,7 +103,13 @@ def _values(row: dict[str, Any]) -> dict[str, float]:
     return values
 
 
-def _common_words(names: Sequence[str]) -> str:
-    """The words that all names begin with, each with its blank; nothing for one name."""
-    columns = zip(*(name.split(" ")[:-1] for name in names), strict=False) if len(names) > 1 else ()
-    return "".join(f"{words[0]} " for words in takewhile(lambda words: len(set(words)) == 1, columns))
+def _own_words(name: str, names: Sequence[str]) -> str:
+    """A name without the words that all `names` begin or end with; whole where it is the only one."""
+    words = [each.split(" ") for each in names]
+    if len(names) == 1:
+        return name
+    alike = lambda column: len(set(column)) == 1  # noqa: E731
+    begin = sum(1 for _ in takewhile(alike, zip(*words, strict=False)))
+    end = sum(1 for _ in takewhile(alike, zip(*(each[begin:][::-1] for each in words), strict=False)))
+    mine = name.split(" ")
+    return " ".join(mine[begin : len(mine) - end]).rstrip(",") or name

@@ -133,16 +133,16 @@ def figures(group: Group) -> list[Image]:
             if average.values.get(y, -1.0) > least
         ]
 
+    series = list(dict.fromkeys(average.series for average in group.averages))
     images = []
     if errors := points("error_median", [("bytes_read", 1024), ("keys_scored", 1)], EXACT, False):
         titles = ["KiB read per kv head and query", "keys scored per query head and query"]
         y_title = f"median output error, {length}"
-        png = against_cost(titles, y_title, errors, [True, True], logarithmic_y=True, better="lower")
+        png = against_cost(titles, y_title, errors, [True, True], logarithmic_y=True, better="lower", coloured=series)
         images.append(Image(f"error_{end}", png, f"Output error against KiB read and keys scored, {where}"))
     if recalls := points("recall", [("keys_scored", 1)], 0.0, True):
-        png = against_cost(
-            ["keys scored per query head and query"], f"recall of the top k, {length}", recalls, [True], better="higher"
-        )
+        titles, y_title = ["keys scored per query head and query"], f"recall of the top k, {length}"
+        png = against_cost(titles, y_title, recalls, [True], better="higher", coloured=series)
         images.append(Image(f"recall_{end}", png, f"Recall against keys scored, {where}"))
     return images
 

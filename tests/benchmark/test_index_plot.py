@@ -90,10 +90,10 @@ def test_lines_join_the_points_that_none_beats() -> None:
 
     places = [(1.0, 5.0), (2.0, 6.0), (3.0, 4.0), (3.0, 3.0), (4.0, 3.5)]
     points = [Point((x, None), y, "", "a") for x, y in places]
-    assert _fronts(points, 0, "lower") == [[(1.0, 5.0), (3.0, 3.0)]]
-    assert _fronts(points, 0, "higher") == [[(1.0, 5.0), (2.0, 6.0)]]
+    assert _fronts(points, 0, "lower") == [("a", [(1.0, 5.0), (3.0, 3.0)])]
+    assert _fronts(points, 0, "higher") == [("a", [(1.0, 5.0), (2.0, 6.0)])]
     assert _fronts(points, 1, "lower") == []
-    assert _fronts([*points, Point((1.0, None), 9.0, "", "a", "b")], 0, "lower")[1] == [(1.0, 9.0)]
+    assert _fronts([*points, Point((1.0, None), 9.0, "", "a", "b")], 0, "lower")[1] == ("a", [(1.0, 9.0)])
 
 
 @needs_matplotlib
