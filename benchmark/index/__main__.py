@@ -50,8 +50,9 @@ def run(args: argparse.Namespace) -> None:
     for name in metrics:
         if name not in METRICS:
             raise ValueError(f"metrics: got {name!r}, allowed: {', '.join(METRICS)}")
-    if torch.device(args.device).type not in ("cpu", "cuda"):
-        raise ValueError(f"device: got {args.device!r}, allowed: cpu, cuda:N")
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if args.device not in devices:
+        raise ValueError(f"device: got {args.device!r}, allowed here: {', '.join(devices)}")
     for setting in args.set:
         if not setting.partition("=")[0] or "=" not in setting:
             raise ValueError(f"set: got {setting!r}, allowed: SECTION.KEY=VALUE")
