@@ -91,6 +91,9 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError(f"top_k: got {args.top_k}, but max_capacity_prompts {capacity} sets it; allowed: one of them")
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     settings = RetroInferConfig(**config_from_args(args, model, 1 << 17)["RetroInfer"])
+    key, own = settings.top_k_of(strategy)
+    if key != "attention_aware_graph.top_k":
+        raise ValueError(f"{key}: got {own}, but max_capacity_prompts {capacity} sets it; allowed: 0")
     args.top_k = top_k_of_budget(strategy, capacity, args.max_capacity_prompts_ratio, settings)
     folder = args.save_dir / f"{Path(model).name.lower()}_{capacity}"
     job = Job(

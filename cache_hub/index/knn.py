@@ -64,7 +64,7 @@ def causal_knn(
         lists[r, h, part] = causal(keys[r], queries[r, h, part].float().contiguous(), visible[part], k)
 
     tasks = [(r, h, begin) for r in range(rows) for h in range(group) for begin in range(0, m, block)]
-    _run(work, tasks, device, num_threads)
+    in_parallel(work, tasks, device, num_threads)
     return lists
 
 
@@ -90,7 +90,7 @@ def key_knn(keys: Tensor, k: int, block: int = 4096, backend: str = "auto", num_
         keep[:, -1] &= ~keep.all(dim=1)
         lists[r, begin : begin + len(part)] = ids[keep].view(-1, k)
 
-    _run(work, [(r, begin) for r in range(rows) for begin in range(0, n, block)], keys.device, num_threads)
+    in_parallel(work, [(r, begin) for r in range(rows) for begin in range(0, n, block)], keys.device, num_threads)
     return lists
 
 
@@ -103,9 +103,11 @@ def exact_topk(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return pad_topk(scores, ids.int(), k)
 
 
-def _run(
+def in_parallel(
     work: Callable[..., None], tasks: Iterable[tuple[Any, ...]], device: torch.device, threads: int | None
 ) -> None:
+    """Calls work(*task) for every task: one after another for states on a GPU, else by `threads` threads (None:
+    torch's count), with faiss at one thread in each. The first error of a task is raised when its turn comes."""
     if device.type != "cpu":
         for task in tasks:
             work(*task)
