@@ -23,7 +23,7 @@ class FaissIndex(TokenIndex):
     float32 and keeps its own copy of the keys, which nbytes counts.
     """
 
-    search_threads: int | None = None  # None: num_threads
+    parallel_search = True  # by rows
 
     def __init__(self, num_threads: int | None = None) -> None:
         self.num_threads = num_threads or torch.get_num_threads()
@@ -57,8 +57,11 @@ class FaissIndex(TokenIndex):
         def work(row: int) -> None:
             scores[row], ids[row], keys_scored[row] = self.search_row(self._rows[row], asked[row], k)
 
-        threads = self.search_threads or self.num_threads
-        in_parallel(work, [(row,) for row in range(len(asked))], torch.device("cpu"), threads)
+        if self.parallel_search:
+            in_parallel(work, [(row,) for row in range(len(asked))], torch.device("cpu"), self.num_threads)
+        else:
+            for row in range(len(asked)):
+                work(row)
         scores[ids < 0] = -np.inf
         return SearchResult(torch.from_numpy(ids), torch.from_numpy(scores), torch.from_numpy(keys_scored))
 

@@ -21,7 +21,7 @@ class HNSWIndex(FaissIndex):
     process, so queries are searched one after another by one thread: the time of a search is no measure of the method.
     """
 
-    search_threads = 1
+    parallel_search = False
 
     def __init__(self, num_threads: int | None = None, **options: Any) -> None:
         super().__init__(num_threads)
