@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -119,14 +121,27 @@ def in_parallel(
     faiss.cvar.distance_compute_blas_threshold = 0
     # Threads of a pool do not inherit the mode, without which they may not write what was made in it.
     work = torch.inference_mode()(work)
-    # One OpenMP thread in each: many short parallel regions wait for one another, worst where cores are shared.
-    workers = threads or torch.get_num_threads()
+    pool = _pool(threads or torch.get_num_threads())
     try:
-        with ThreadPoolExecutor(workers, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
-            for done in [pool.submit(work, *task) for task in tasks]:
-                done.result()
+        running = [pool.submit(work, *task) for task in tasks]
+        wait(running)
+        for done in running:
+            done.result()
     finally:
         faiss.cvar.distance_compute_blas_threshold = threshold
+
+
+@cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    """Threads kept for the process, since starting them takes longer than a search, with one OpenMP thread in each:
+    many short parallel regions wait for one another, worst where cores are shared."""
+    import faiss
+
+    return ThreadPoolExecutor(workers, initializer=faiss.omp_set_num_threads, initargs=(1,))
+
+
+# A forked child has none of its parent's threads.
+os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _nearest_faiss(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """The indexes through faiss: against the flat oracle, what they count, and any shape and thread count."""
 
+import multiprocessing
+import os
 from typing import Any
 
 import faiss
@@ -152,6 +154,22 @@ def test_same_result_for_any_thread_count_and_in_every_build(strategy: str) -> N
         assert torch.equal(found[0].ids, other.ids)
         assert torch.equal(found[0].scores, other.scores)
         assert torch.equal(found[0].keys_scored, other.keys_scored)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_searches_with_threads_of_its_own() -> None:
+    keys, queries = states(300)
+    index = build("ivf", keys, num_threads=2)
+    expected = index.search(queries, 5).ids.tolist()
+
+    def child() -> None:
+        os._exit(0 if index.search(queries, 5).ids.tolist() == expected else 1)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(timeout=30)
+    process.kill()
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("strategy", ["ivf", "hnsw"])
