@@ -9,7 +9,7 @@ from model_hub import LLM, GenerationTiming
 
 from .results import peak_memory_bytes
 
-_BUILD_STAGES = ("query_key_knn", "key_key_knn", "projection")
+_BUILD_STAGES = ("query_key_knn", "key_key_knn", "projection", "index")
 _DECODE_STAGES = ("search", "attention")
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from config import RetroInferConfig
 from model_hub import LLM, GenerationTiming
 
+from .launcher import Shard
 from .measure import record
 from .results import environment, write_json, write_text
 
@@ -64,19 +65,6 @@ class Task:
     score: Callable[[list[dict[str, Any]]], list[float]]
 
 
-@dataclass(frozen=True)
-class Shard:
-    """This process's share of the samples: every `world`-th from `rank` on. torchrun and accelerate state both."""
-
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def of_launcher(cls) -> Shard:
-        """From RANK and WORLD_SIZE, which torchrun and accelerate set; all samples where nothing launched us."""
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-
-
 def run_tasks(
     llm: LLM,
     tokenizer: Any,
@@ -92,19 +80,22 @@ def run_tasks(
 ) -> None:
     """Generates what is missing in `folder` for every task, sample and strategy, then writes the final files.
 
-    attn_config: {"RetroInfer": {..}}, as generate_config makes it, for all strategies. batch_size: samples of equal
+    attn_config: {"RetroInfer": {..}}, as generate_config makes it, for all strategies; its `core` threads are shared by
+    the processes of one machine. batch_size: samples of equal
     length that are run together. Raises ValueError where `folder` holds results of another protocol, where two tasks or
     two samples of a task have one name, or for a damaged part file (not its last line, which a kill may cut).
     """
     shard = shard or Shard.of_launcher()
     _check_names(tasks)
     settings = RetroInferConfig(**attn_config["RetroInfer"])
-    full_protocol = json.loads(json.dumps({**protocol, "diagnose": diagnose, **attn_config}))
-    keep_protocol(folder, full_protocol)
-    for task in tasks:
+    # Threads change no result: a run may go on on another machine.
+    lasting = {key: value for key, value in attn_config["RetroInfer"].items() if key != "core"}
+    keep_protocol(folder, json.loads(json.dumps({**protocol, "diagnose": diagnose, "RetroInfer": lasting})))
+    settings = settings.model_copy(update={"core": max(settings.core // shard.local_world, 1)})
+    for number, task in enumerate(tasks):
         _mend(folder, strategies, task, shard)
         done = {strategy: _finished(folder, strategy, task) for strategy in strategies}
-        mine = task.samples[shard.rank :: shard.world]
+        mine = shard.share(task.samples, sum(len(earlier.samples) for earlier in tasks[:number]))
         missing = [sample for sample in mine if any(sample.id not in done[strategy] for strategy in strategies)]
         with tqdm(
             total=len(mine), initial=len(mine) - len(missing), desc=task.name, unit="sample", disable=None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .cache import KV_Cache
+from .faiss_cache import HNSWCache, IVFCache
 from .flat_cache import FlatCache
 from .full_cache import FullCache
 from .graph_cache import AttentionAwareGraphCache
@@ -19,6 +20,8 @@ STRATEGIES: dict[str, type[KV_Cache]] = {
     "flat": FlatCache,
     "attention_aware_graph": AttentionAwareGraphCache,
     "wave_index": WaveIndexCache,
+    "ivf": IVFCache,
+    "hnsw": HNSWCache,
 }
 
 
@@ -39,6 +42,8 @@ __all__ = [
     "CacheStats",
     "FlatCache",
     "FullCache",
+    "HNSWCache",
+    "IVFCache",
     "KV_Cache",
     "WaveIndexCache",
     "make_cache",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ class KV_Cache(ABC):
     nothing depends on them. diagnose: compare every decode step with an exact scan, slowly, and keep the sums in
     stats.agreement.
     """
+
+    # Keys of the configuration that only compute() reads: retune() changes them in a filled cache.
+    SEARCH_KEYS: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,
@@ -102,6 +105,9 @@ class KV_Cache(ABC):
     @abstractmethod
     def store_prompt(self, q: Tensor, k: Tensor, v: Tensor, layer_idx: int, start_bdx: int) -> None:
         """Stores one layer's prompt states, free of padding and checked; layouts as in prefill_update_kv_cache."""
+
+    def retune(self, settings: RetroInferConfig) -> None:  # noqa: B027
+        """Takes over the SEARCH_KEYS of settings that differ from this cache's in no other key; the build stays."""
 
     def sync(self, layer_idx: int, start_bdx: int) -> None:  # noqa: B027
         """Called after the layer's dense attention: waits for copies, builds what the layer needs."""

@@ -10,4 +10,4 @@ class FlatCache(TokenIndexCache):
     """Retrieves the exact top_k tokens per query head by scanning all keys at every step."""
 
     def new_index(self) -> TokenIndex:
-        return make_index("flat")
+        return make_index("flat", num_threads=self.num_threads)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import itertools
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from config import GraphConfig
 
-from .index import TokenIndex, make_index
+from .index import AttentionAwareGraphIndex, TokenIndex, make_index
 from .retrieval_cache import TokenIndexCache
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ class AttentionAwareGraphCache(TokenIndexCache):
     key_degree tokens to index is attended in full: a graph over them would be complete.
     """
 
+    SEARCH_KEYS: ClassVar[frozenset[str]] = frozenset(
+        {"attention_aware_graph.ef_search", "attention_aware_graph.top_k"}
+    )
+
     def __init__(self, **options: Any) -> None:
         knobs = {name: options.pop(name) for name in GraphConfig.model_fields if name in options}
         self.graph = GraphConfig(**knobs)
@@ -31,3 +36,10 @@ class AttentionAwareGraphCache(TokenIndexCache):
 
     def new_index(self) -> TokenIndex:
         return make_index("attention_aware_graph", num_threads=self.num_threads, **self.graph.model_dump())
+
+    def retune(self, settings: RetroInferConfig) -> None:
+        self.graph = settings.attention_aware_graph
+        self.top_k = self.graph.top_k
+        for group in itertools.chain.from_iterable(self._groups):
+            assert isinstance(group.index, AttentionAwareGraphIndex)
+            group.index.options = self.graph

@@ -2,7 +2,15 @@
 
 from config.cli import add_config_args, config_from_args
 from config.config import cluster_counts, generate_config, load_config
-from config.schema import ATTENTION_TYPES, RETRIEVAL_STRATEGIES, GraphConfig, RetroInferConfig, resolve_strategy
+from config.schema import (
+    ATTENTION_TYPES,
+    RETRIEVAL_STRATEGIES,
+    GraphConfig,
+    HNSWConfig,
+    IVFConfig,
+    RetroInferConfig,
+    resolve_strategy,
+)
 from config.section import ConfigError
 
 __all__ = [
@@ -10,6 +18,8 @@ __all__ = [
     "RETRIEVAL_STRATEGIES",
     "ConfigError",
     "GraphConfig",
+    "HNSWConfig",
+    "IVFConfig",
     "RetroInferConfig",
     "add_config_args",
     "cluster_counts",

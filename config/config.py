@@ -130,14 +130,14 @@ def _check_run(settings: RetroInferConfig, context_len: int, attn_type: str, giv
             f"retrieval_strategy: got {settings.retrieval_strategy!r}, but attn_type {attn_type!r} runs {strategy!r}; "
             f"allowed: {strategy!r}, or attn_type 'RetroInfer', which runs what retrieval_strategy names"
         )
-    graph = settings.attention_aware_graph
-    attended_in_full = settings.static_pattern_start + settings.static_pattern_end + graph.key_degree
-    indexed = strategy != "full" and context_len > attended_in_full
-    if graph.top_k > context_len and (indexed or "attention_aware_graph.top_k" in given):
-        raise ConfigError(
-            f"RetroInfer.attention_aware_graph.top_k: got {graph.top_k}, allowed: 1 to {context_len} (the context "
-            "length)"
-        )
+    static = settings.static_pattern_start + settings.static_pattern_end
+    indexed = strategy != "full" and context_len > static + settings.attention_aware_graph.key_degree
+    key, top_k = settings.top_k_of(strategy)
+    if top_k > context_len and (indexed or key in given):
+        raise ConfigError(f"RetroInfer.{key}: got {top_k}, allowed: 1 to {context_len} (the context length)")
+    keys, n_list = context_len - static, settings.ivf.n_list
+    if strategy == "ivf" and n_list > keys > 0:
+        raise ConfigError(f"RetroInfer.ivf.n_list: got {n_list}, allowed: 0 to {keys} (the keys to index)")
 
 
 def cluster_counts(context_len: int) -> tuple[int, int]:

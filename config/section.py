@@ -78,7 +78,8 @@ def _unknown_key(model: type[Section], key: str, value: Any) -> str:
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             known += [f"{name}.{inner}" for inner in field.annotation.model_fields]
-    by_last_name = {name.rpartition(".")[2]: name for name in known}
-    close = difflib.get_close_matches(key, by_last_name, n=1)
-    hint = f" (did you mean {by_last_name[close[0]]}?)" if close else ""
+    last_names = [name.rpartition(".")[2] for name in known]
+    close = difflib.get_close_matches(key, last_names, n=1)
+    meant = [name for name, last in zip(known, last_names, strict=True) if close and last == close[0]]
+    hint = f" (did you mean {' or '.join(meant)}?)" if meant else ""
     return f"{key}: unknown key, got {value!r}{hint}, known keys: {', '.join(model.model_fields)}"

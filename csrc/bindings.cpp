@@ -72,6 +72,22 @@ PYBIND11_MODULE(_native, m) {
         "Builds the graph of every kv head; returns how many keys had to be linked to become reachable.");
 
     m.def(
+        "repair",
+        [](uintptr_t pivots, int64_t heads, int64_t group, int64_t queries, int64_t n, int64_t degree, int64_t num_entries,
+           int num_threads, uintptr_t adjacency, uintptr_t entries) {
+            py::gil_scoped_release release;
+            std::vector<HeadInput> inputs;
+            for (int64_t h = 0; h < heads; ++h)
+                inputs.push_back({{nullptr, Dtype::float32, n, 0, 0},
+                                  {at<const int32_t>(pivots) + h * group * queries, group * queries, 1},
+                                  {},
+                                  at<int32_t>(adjacency) + h * n * degree,
+                                  at<int32_t>(entries) + h * num_entries});
+            return repair_graphs(inputs, {degree, 0, num_entries, queries}, *threads(num_threads));
+        },
+        "Entries and reachability of graphs whose links are there already; returns as build does.");
+
+    m.def(
         "extend",
         [](const KeyStore& keys, uintptr_t queries, uintptr_t visible, int64_t count, int64_t begin, int64_t k,
            uintptr_t ids, uintptr_t scores) {
@@ -80,6 +96,18 @@ PYBIND11_MODULE(_native, m) {
                          at<int32_t>(ids), at<float>(scores));
         },
         "Adds the keys begin..visible[i] - 1 to the best-first list of every query i.");
+
+    m.def(
+        "scan",
+        [](const KeyStore& keys, uintptr_t queries, int64_t group, int64_t k, int num_threads, uintptr_t ids,
+           uintptr_t scores) {
+            py::gil_scoped_release release;
+            threads(num_threads)->parallel_for(keys.heads * group, 1, [&](int64_t i) {
+                extend_lists(keys.head(i / group), at<const float>(queries) + i * keys.dim, &keys.n, 1, 0, k,
+                             at<int32_t>(ids) + i * k, at<float>(scores) + i * k);
+            });
+        },
+        "Scores every key for one query per (kv head, query head of its group); ids and scores come filled with pads.");
 
     m.def(
         "search",

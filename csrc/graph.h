@@ -47,10 +47,13 @@ struct HeadInput {
 };
 
 // Projects query -> key lists to links among the keys (RoarGraph, arXiv 2408.08933, projection step), adds the nearest
-// keys up to the degree, and repairs reachability. Entries are, half and half, the keys most often ranked first by all
-// queries and by the last ones, which decode queries resemble most.
-// Returns the number of keys that had to be linked to become reachable.
+// keys up to the degree, and goes on as repair_graphs.
 int64_t build_graphs(const std::vector<HeadInput>& inputs, const BuildOptions& options, ThreadPool& pool);
+
+// Chooses the entries and links every key that they do not reach. Entries are, half and half, the keys most often ranked
+// first by all queries and by the last ones, which decode queries resemble most. Of the keys only the number is read.
+// Returns the number of keys that had to be linked to become reachable.
+int64_t repair_graphs(const std::vector<HeadInput>& inputs, const BuildOptions& options, ThreadPool& pool);
 
 struct Graph {
     Rows keys;

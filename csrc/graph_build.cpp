@@ -42,43 +42,55 @@ Groups reverse_links(const std::vector<int32_t>& links, int64_t n, int64_t width
     return groups;
 }
 
-struct PruneScratch {
-    std::vector<int32_t> candidates;
-    std::vector<float> pivot, row, scores;
+// Candidates of one key without repetition, and the buffers to prune them: nothing is allocated or cleared per key.
+class PruneScratch {
+   public:
     std::vector<Neighbour> sorted;
+    std::vector<int32_t> candidates, rejected;
+    std::vector<float> pivot, kept_rows, scores;
+
+    void begin(int32_t x, int64_t n) {
+        candidates.clear();
+        if (static_cast<int64_t>(named_.size()) < n) named_.assign(n, 0), epoch_ = 0;
+        if (++epoch_ == 0) std::fill(named_.begin(), named_.end(), 0), epoch_ = 1;
+        named_[x] = epoch_;
+    }
+    void add(int32_t id) {
+        if (named_[id] == epoch_) return;
+        named_[id] = epoch_;
+        candidates.push_back(id);
+    }
+
+   private:
+    std::vector<uint32_t> named_;
+    uint32_t epoch_ = 0;
 };
 
 // RoarGraph's occlusion rule under the inner product, filling up: keeps p unless a kept r has <p, r> > <x, p>, then the
 // best rejected ones until the list is full. out: [width], -1 pads.
 void prune_fill(const Rows& keys, int32_t x, int64_t width, PruneScratch& s, int32_t* out) {
-    auto& c = s.candidates;
-    std::sort(c.begin(), c.end());
-    c.erase(std::unique(c.begin(), c.end()), c.end());
-    if (const auto self = std::lower_bound(c.begin(), c.end(), x); self != c.end() && *self == x) c.erase(self);
+    const auto& c = s.candidates;
     s.pivot.resize(keys.dim);
-    s.row.resize(keys.dim);
-    s.scores.resize(std::max<int64_t>(c.size(), width));
+    s.kept_rows.resize((width + 1) * keys.dim);
+    s.scores.resize(c.size());
     keys.load(x, s.pivot.data());
     keys.score(s.pivot.data(), c.data(), c.size(), s.scores.data());
     s.sorted.resize(c.size());
     for (size_t i = 0; i < c.size(); ++i) s.sorted[i] = {s.scores[i], c[i]};
-    std::sort(s.sorted.begin(), s.sorted.end(), nearer);
+    std::sort(s.sorted.begin(), s.sorted.end(), [](const Neighbour& a, const Neighbour& b) { return nearer(a, b); });
 
     int64_t kept = 0;
-    std::vector<int32_t>& rejected = s.candidates;
-    rejected.clear();
+    s.rejected.clear();
     for (const Neighbour& p : s.sorted) {
         if (kept == width) break;
-        keys.load(p.id, s.row.data());
-        keys.score(s.row.data(), out, kept, s.scores.data());
-        const bool occluded =
-            std::any_of(s.scores.begin(), s.scores.begin() + kept, [&](float to_kept) { return to_kept > p.score; });
-        if (occluded)
-            rejected.push_back(p.id);
+        float* row = s.kept_rows.data() + kept * keys.dim;
+        keys.load(p.id, row);
+        if (any_above(row, s.kept_rows.data(), kept, keys.dim, p.score))
+            s.rejected.push_back(p.id);
         else
             out[kept++] = p.id;
     }
-    for (size_t i = 0; kept < width && i < rejected.size(); ++i) out[kept++] = rejected[i];
+    for (size_t i = 0; kept < width && i < s.rejected.size(); ++i) out[kept++] = s.rejected[i];
     std::fill(out + kept, out + width, -1);
 }
 
@@ -190,16 +202,15 @@ class HeadBuild {
 
     void group() {
         by_pivot_ = group_by_pivot(in_.query_lists, n_);
-        choose_entries(in_.query_lists, n_, options_, in_.entries);
         forward_.assign(n_ * width_, -1);
     }
     // Links of a pivot: the union of the lists that name it first, pruned once.
     void link_pivot(int64_t x, PruneScratch& s) {
         if (by_pivot_.begin[x] == by_pivot_.begin[x + 1]) return;
-        s.candidates.clear();
+        s.begin(static_cast<int32_t>(x), n_);
         for (int64_t i = by_pivot_.begin[x]; i < by_pivot_.begin[x + 1]; ++i) {
             const int32_t* list = in_.query_lists.row(by_pivot_.members[i]);
-            for (int64_t j = 1; j < in_.query_lists.width && list[j] >= 0; ++j) s.candidates.push_back(list[j]);
+            for (int64_t j = 1; j < in_.query_lists.width && list[j] >= 0; ++j) s.add(list[j]);
         }
         prune_fill(in_.keys, static_cast<int32_t>(x), width_, s, &forward_[x * width_]);
     }
@@ -207,10 +218,9 @@ class HeadBuild {
     // Links and reverse links of a key, pruned again, then the nearest keys up to the degree.
     void link_all(int64_t y, PruneScratch& s) {
         int32_t* out = in_.adjacency + y * options_.degree;
-        s.candidates.assign(reverse_.members.begin() + reverse_.begin[y],
-                            reverse_.members.begin() + reverse_.begin[y + 1]);
-        for (int64_t j = 0; j < width_ && forward_[y * width_ + j] >= 0; ++j)
-            s.candidates.push_back(forward_[y * width_ + j]);
+        s.begin(static_cast<int32_t>(y), n_);
+        for (int64_t i = reverse_.begin[y]; i < reverse_.begin[y + 1]; ++i) s.add(reverse_.members[i]);
+        for (int64_t j = 0; j < width_ && forward_[y * width_ + j] >= 0; ++j) s.add(forward_[y * width_ + j]);
         prune_fill(in_.keys, static_cast<int32_t>(y), width_, s, out);
         int64_t filled = std::find(out, out + width_, -1) - out;
         const int32_t* near = in_.key_lists.row(y);
@@ -218,16 +228,12 @@ class HeadBuild {
             if (near[j] != y && std::find(out, out + filled, near[j]) == out + filled) out[filled++] = near[j];
         std::fill(out + filled, out + options_.degree, -1);
     }
-    void repair() {
-        repaired_ = Reachability(in_.adjacency, n_, options_.degree).repair(in_.entries, options_.num_entries);
-    }
     int64_t nodes() const { return n_; }
-    int64_t repaired() const { return repaired_; }
 
    private:
     HeadInput in_;
     BuildOptions options_;
-    int64_t n_, width_, repaired_ = 0;
+    int64_t n_, width_;
     Groups by_pivot_, reverse_;
     std::vector<int32_t> forward_;
 };
@@ -270,9 +276,16 @@ int64_t build_graphs(const std::vector<HeadInput>& inputs, const BuildOptions& o
     over_nodes([](HeadBuild& head, int64_t x, PruneScratch& s) { head.link_pivot(x, s); });
     over_heads([](HeadBuild& head) { head.reverse(); });
     over_nodes([](HeadBuild& head, int64_t y, PruneScratch& s) { head.link_all(y, s); });
-    over_heads([](HeadBuild& head) { head.repair(); });
-    int64_t repaired = 0;
-    for (const HeadBuild& head : heads) repaired += head.repaired();
+    return repair_graphs(inputs, options, pool);
+}
+
+int64_t repair_graphs(const std::vector<HeadInput>& inputs, const BuildOptions& options, ThreadPool& pool) {
+    std::atomic<int64_t> repaired{0};
+    pool.parallel_for(inputs.size(), 1, [&](int64_t h) {
+        const HeadInput& in = inputs[h];
+        choose_entries(in.query_lists, in.keys.n, options, in.entries);
+        repaired += Reachability(in.adjacency, in.keys.n, options.degree).repair(in.entries, options.num_entries);
+    });
     return repaired;
 }
 

@@ -76,6 +76,16 @@ void load_row(const Rows& rows, int32_t id, float* out) {
 
 }  // namespace
 
+RAG_CLONES bool any_above(const float* row, const float* rows, int64_t count, int64_t dim, float limit) {
+    for (int64_t i = 0; i < count; ++i, rows += dim) {
+        float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t d = 0; d < dim; ++d) sum += row[d] * rows[d];
+        if (sum > limit) return true;
+    }
+    return false;
+}
+
 void Rows::score(const float* query, const int32_t* ids, int64_t count, float* out) const {
     switch (dtype) {
         case Dtype::float32: return score_float(query, *this, ids, count, out);

@@ -20,4 +20,7 @@ struct Rows {
     void load(int32_t id, float* out) const;
 };
 
+// Is there an inner product of `row` with one of the `count` float32 rows [count, dim] that is above `limit`?
+bool any_above(const float* row, const float* rows, int64_t count, int64_t dim, float limit);
+
 }  // namespace rag

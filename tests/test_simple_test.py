@@ -70,13 +70,14 @@ def test_flat_is_its_own_oracle(results: dict[str, dict[str, Any]]) -> None:
     assert 0.5 < result["mass"] < 1
 
 
-@pytest.mark.parametrize("strategy", ["flat", "attention_aware_graph"])
+@pytest.mark.parametrize("strategy", ["flat", "attention_aware_graph", "ivf"])
 def test_retrieving_all_indexed_keys_equals_full_attention(smollm2: Any, needle: Any, strategy: str) -> None:
     """Logits of six forced steps of the real model; nothing is lost on the way from index to answer."""
     llm, tokenizer = smollm2
     ids = tokenizer(needle.text, return_tensors="pt", add_special_tokens=False).input_ids
-    everything = {"top_k": ids.shape[1], "ef_search": ids.shape[1], "index_dtype": "auto"}
-    settings = RetroInferConfig(retrieval_strategy=strategy, attention_aware_graph=everything)
+    count = ids.shape[1]
+    graph, lists = {"top_k": count, "ef_search": count, "index_dtype": "auto"}, {"n_probe": count}
+    settings = RetroInferConfig(retrieval_strategy=strategy, attention_aware_graph=graph, ivf=lists)
     forced = tokenizer(" 1234567", add_special_tokens=False).input_ids
     logits = {}
     for name in ("full", strategy):

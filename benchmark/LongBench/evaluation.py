@@ -21,13 +21,6 @@ from .prompting import check_room, make_task
 from .protocols import PROTOCOLS, make_protocol
 from .records import Skipped, read_dataset
 
-MODEL_NAMES = {
-    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
-    "llama-3-8b-1048k": "gradientai/Llama-3-8B-Instruct-Gradient-1048k",
-    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
-    "qwen2.5-72b": "Qwen/Qwen2.5-72B-Instruct",
-    "smollm2-135m": "SmolLM2-135M-Instruct",
-}
 LEFT_OUT = "left_out.json"
 _CHECKED_LENGTH = 131072  # stands for the context before the model's window is known
 

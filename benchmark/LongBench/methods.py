@@ -19,7 +19,6 @@ KVCACHE_FACTORY_METHODS = (
     "ThinK",
     "MInference",
 )
-SETS_TOP_K = ("flat", "attention_aware_graph")
 
 
 def strategy_of(method: str) -> str:

@@ -18,11 +18,14 @@ from pathlib import Path
 
 import torch
 
+from benchmark.command import exit_status
+from benchmark.launcher import default_device
+from benchmark.models import SHORT_NAMES, full_name
 from benchmark.results import write_json
 from config import add_config_args, config_from_args
 
 from .catalog import CATEGORY_OF_SHORT, choose_datasets
-from .evaluation import MODEL_NAMES, Job, finished_records, run_job
+from .evaluation import Job, finished_records, run_job
 from .layouts import write_upstream
 from .protocols import PROTOCOLS
 from .records import LAYOUT
@@ -55,10 +58,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def add_model_args(parser: argparse.ArgumentParser) -> None:
     """--model, --lora, --device, --dtype."""
     gpu = torch.cuda.is_available()
-    names = f"hub name, folder, .gguf file, {', '.join(MODEL_NAMES)}"
+    names = f"hub name, folder, .gguf file, {', '.join(SHORT_NAMES)}"
     parser.add_argument("--model", "--model_name", default="SmolLM2-135M-Instruct", help=names)
     parser.add_argument("--lora", help="PEFT LoRA folder to merge; 'none' keeps the default model without its adapter")
-    parser.add_argument("--device", default="cuda:0" if gpu else "cpu", help="cpu, cuda:N, or auto: all GPUs")
+    parser.add_argument("--device", default=default_device(), help="cpu, cuda:N, or auto: all GPUs")
     parser.add_argument("--dtype", default="bf16" if gpu else "fp32", choices=["fp16", "bf16", "fp32"])
 
 
@@ -69,7 +72,7 @@ def comma_list(text: str) -> list[str]:
 
 def run(args: argparse.Namespace) -> str:
     """Runs what the flags ask for, writes all files and returns the report."""
-    model = MODEL_NAMES.get(args.model.lower(), args.model)
+    model = full_name(args.model)
     label, suffix = Path(model).name, "_e" if args.e else ""
     job = Job(
         model=model,
@@ -101,12 +104,7 @@ def run(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        print(run(args))
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
-        print(f"LongBench: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("LongBench", partial(run, args))
 
 
 if __name__ == "__main__":

@@ -22,14 +22,17 @@ if __package__ in (None, ""):  # run as a file: this folder's modules must not h
 
 import torch
 
+from benchmark.command import exit_status
+from benchmark.launcher import default_device
 from benchmark.LongBench.catalog import ENGLISH_AND_CODE, choose_datasets
-from benchmark.LongBench.evaluation import MODEL_NAMES, Job, finished_records, run_job
+from benchmark.LongBench.evaluation import Job, finished_records, run_job
 from benchmark.LongBench.layouts import write_kvcache_factory
 from benchmark.LongBench.methods import KVCACHE_FACTORY_METHODS, describe_budget, strategy_of, top_k_of_budget
 from benchmark.LongBench.protocols import PROTOCOLS
 from benchmark.LongBench.records import LAYOUT
 from benchmark.LongBench.run import comma_list
 from benchmark.LongBench.summary import report, summarise
+from benchmark.models import full_name
 from benchmark.results import environment, write_json
 from config import RETRIEVAL_STRATEGIES, RetroInferConfig, add_config_args, config_from_args
 
@@ -66,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--protocol", default="official", choices=PROTOCOLS)
     parser.add_argument("--max_length", type=int, help="prompts above lose their middle (default: the protocol's)")
-    parser.add_argument("--device", default="cuda:0" if gpu else "cpu", help="cpu, cuda:N, or auto: all GPUs")
+    parser.add_argument("--device", default=default_device(), help="cpu, cuda:N, or auto: all GPUs")
     parser.add_argument("--dtype", default="bfloat16" if gpu else "float32", choices=DTYPES)
     parser.add_argument(
         "--attn_implementation",
@@ -84,12 +87,15 @@ def run(args: argparse.Namespace) -> str:
     """Runs what the flags ask for, writes all files and returns the report."""
     if args.eval_batch_size != 1:
         raise ValueError(f"eval_batch_size: got {args.eval_batch_size}, allowed: 1")
-    model, strategy = MODEL_NAMES.get(args.model_path.lower(), args.model_path), strategy_of(args.method)
+    model, strategy = full_name(args.model_path), strategy_of(args.method)
     capacity = args.max_capacity_prompts
     if args.top_k is not None:
         raise ValueError(f"top_k: got {args.top_k}, but max_capacity_prompts {capacity} sets it; allowed: one of them")
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     settings = RetroInferConfig(**config_from_args(args, model, 1 << 17)["RetroInfer"])
+    key, own = settings.top_k_of(strategy)
+    if key != "attention_aware_graph.top_k":
+        raise ValueError(f"{key}: got {own}, but max_capacity_prompts {capacity} sets it; allowed: 0")
     args.top_k = top_k_of_budget(strategy, capacity, args.max_capacity_prompts_ratio, settings)
     folder = args.save_dir / f"{Path(model).name.lower()}_{capacity}"
     job = Job(
@@ -136,12 +142,7 @@ def _write_meta(path: Path, method: str, arguments: dict[str, Any], protocol: di
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        print(run(args))
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
-        print(f"run_longbench.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("run_longbench.py", partial(run, args))
 
 
 if __name__ == "__main__":

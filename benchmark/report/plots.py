@@ -7,10 +7,11 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
@@ -49,12 +50,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class Point:
-    """x by panel, y, what stands beside the marker, and whose marker it is."""
+    """x by panel, y, what stands beside the marker, whose marker it is, and to which of its lines it belongs."""
 
     x: tuple[float | None, ...]
     y: float
     label: str
     series: str
+    line: str = ""
 
 
 def heatmap(title: str, rows: Sequence[str], panels: Sequence[Panel], sum_rows: int) -> bytes:
@@ -88,35 +90,59 @@ def heatmap(title: str, rows: Sequence[str], panels: Sequence[Panel], sum_rows: 
     return _png(figure)
 
 
-def against_cost(x_titles: Sequence[str], y_title: str, points: Sequence[Point], logarithmic: Sequence[bool]) -> bytes:
-    """One panel for each x, one marker for each point, one kind of marker for each series."""
+def against_cost(
+    x_titles: Sequence[str],
+    y_title: str,
+    points: Sequence[Point],
+    logarithmic: Sequence[bool],
+    *,
+    logarithmic_y: bool = False,
+    better: Literal["higher", "lower"] | None = None,
+    coloured: Sequence[str] = (),
+) -> bytes:
+    """One panel for each x, one marker for each point, one kind of marker for each series.
+
+    better: a line joins those of its points that no other one beats in both x (the less the better) and y, and these
+    are labelled, of markers that cover each other in a series the first; None: lines join all points, all are labelled.
+    coloured: series in the order in which they get their colours and markers, of this plot and of others like it.
+    """
     series = list(dict.fromkeys(point.series for point in points))
-    colours = {name: _COLOURS[s % len(_COLOURS)] for s, name in enumerate(series)}
-    columns = min(len(series), 4)
+    styles = {
+        name: {"color": _COLOURS[s % len(_COLOURS)], "marker": _MARKERS[s % len(_MARKERS)]}
+        for s, name in enumerate(dict.fromkeys((*coloured, *series)))
+    }
+    fronts = [[] if better is None else _fronts(points, i, better) for i in range(len(x_titles))]
+    columns = min(len(series), 2 * len(x_titles))
     legend_height = 0.28 * -(-len(series) // columns) + 0.1
-    figure = _figure((6.1 * len(x_titles), 5 + 0.05 * max(len(points) - 12, 0)))
+    figure = _figure((max(6.1 * len(x_titles), 8), 5 + 0.05 * max(len(points) - 12, 0)))
     panels = figure.subplots(1, len(x_titles), squeeze=False)[0]
     figure.subplots_adjust(
-        left=0.07, right=0.985, wspace=0.16, top=0.97, bottom=(legend_height + 0.62) / figure.get_figheight()
+        left=0.85 / figure.get_figwidth(),
+        right=0.985,
+        wspace=0.16,
+        top=0.97,
+        bottom=(legend_height + 0.62) / figure.get_figheight(),
     )
     handles: dict[str, Any] = {}
     for i, axes in enumerate(panels):
-        for s, name in enumerate(series):
+        for name, joined in fronts[i]:
+            axes.plot(*zip(*joined, strict=True), linewidth=0.7, color=styles[name]["color"])
+        for name in series:
             mine = [(x, point.y) for point in points if point.series == name and (x := point.x[i]) is not None]
-            style = {"color": colours[name], "marker": _MARKERS[s % len(_MARKERS)]}
             handles[name] = axes.plot(
                 *zip(*mine, strict=True) if mine else ([], []),
                 markersize=8,
-                linewidth=0.7,
+                linewidth=0.7 if better is None else 0,
                 markeredgecolor="white",
                 markeredgewidth=0.6,
-                **style,
+                **styles[name],
             )[0]
         if logarithmic[i]:
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+            _plain_ticks(axes.xaxis)
+        if logarithmic_y:
+            axes.set_yscale("log")
+            _plain_ticks(axes.yaxis)
         axes.margins(0.1)
         axes.autoscale_view()
         axes.set_xlabel(x_titles[i])
@@ -126,9 +152,51 @@ def against_cost(x_titles: Sequence[str], y_title: str, points: Sequence[Point],
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=columns, frameon=False)
     for i, axes in enumerate(panels):
-        shown = [(x, point) for point in points if (x := point.x[i]) is not None]
-        _label(axes, [(x, point.y, point.label, colours[point.series]) for x, point in shown])
+        placed = [(x, point) for point in points if (x := point.x[i]) is not None]
+        named = placed
+        if better is not None:
+            best = {(name, place) for name, joined in fronts[i] for place in joined}
+            named = _apart(axes, [(x, point) for x, point in placed if (point.series, (x, point.y)) in best])
+        labelled = [(x, point.y, point.label, styles[point.series]["color"]) for x, point in named]
+        drawn = [line.get_xydata() for line in axes.lines if line.get_linewidth()]
+        _label(axes, labelled, [(x, point.y) for x, point in placed], drawn)
     return _png(figure)
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10, .. on a logarithmic axis, written out."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _fronts(points: Sequence[Point], panel: int, better: str) -> list[tuple[str, list[tuple[float, float]]]]:
+    """Of every series and line the (x, y) that no other one beats in both, by x ascending."""
+    sign = 1 if better == "higher" else -1
+    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for point in points:
+        if (x := point.x[panel]) is not None:
+            lines.setdefault((point.series, point.line), []).append((x, point.y))
+    fronts = []
+    for (series, _), places in lines.items():
+        front: list[tuple[float, float]] = []
+        for x, y in sorted(places, key=lambda place: (place[0], -sign * place[1])):
+            if not front or sign * y > sign * front[-1][1]:
+                front.append((x, y))
+        fronts.append((series, front))
+    return fronts
+
+
+def _apart(axes: Axes, shown: Sequence[tuple[float, Point]]) -> list[tuple[float, Point]]:
+    """The (x, point) whose marker does not cover that of an earlier one of its series."""
+    size = 6 * _PIXELS_PER_INCH / 72
+    kept: list[tuple[float, Point]] = []
+    for x, point in shown:
+        at = axes.transData.transform((x, point.y))
+        others = [axes.transData.transform((x2, other.y)) for x2, other in kept if other.series == point.series]
+        if all(np.abs(at - other).max() > size for other in others):
+            kept.append((x, point))
+    return kept
 
 
 def _paint(axes: Axes, panel: Panel) -> None:
@@ -150,14 +218,17 @@ def _paint(axes: Axes, panel: Panel) -> None:
         spine.set_color("#aab3bd")
 
 
-def _label(axes: Axes, labelled: Sequence[tuple[float, float, str, str]]) -> None:
-    """Writes the label of each (x, y, label, colour) where it covers least of markers, lines, labels and the edge."""
+def _label(
+    axes: Axes, labelled: Sequence[tuple[float, float, str, str]], places: Sequence[tuple[float, float]], lines: Any
+) -> None:
+    """Writes the label of each (x, y, label, colour) where it covers least of the markers at `places`, the lines, each
+    [n, 2], other labels and the edge."""
     pixel = _PIXELS_PER_INCH / 72
     inside = (axes.bbox.x0, axes.bbox.y0, axes.bbox.x1, axes.bbox.y1)
     markers = [axes.transData.transform((x, y)) for x, y, _, _ in labelled]
-    taken = [_box(x, y, 10 * pixel, 10 * pixel) for x, y in markers]
-    for i, (start, end) in enumerate(itertools.pairwise(markers)):
-        if labelled[i][3] == labelled[i + 1][3]:
+    taken = [_box(x, y, 10 * pixel, 10 * pixel) for x, y in map(axes.transData.transform, places)]
+    for line in lines:
+        for start, end in itertools.pairwise(axes.transData.transform(line) if len(line) else ()):
             pieces = 2 + int(np.hypot(*(end - start)) / (4 * pixel))
             taken += [_box(x, y, 4 * pixel, 4 * pixel) for x, y in np.linspace(start, end, pieces)[1:-1]]
     for (x, y), (*point, label, colour) in zip(markers, labelled, strict=True):

@@ -9,16 +9,11 @@ import torch
 
 from config import RETRIEVAL_STRATEGIES, add_config_args
 
+from ..launcher import default_device
+from ..models import SHORT_NAMES, full_name
 from .data_files import FIELDS
 from .sizing import SIZINGS
 
-SHORT_NAMES = {
-    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
-    "llama-3-8b-1048k": "gradientai/Llama-3-8B-Instruct-Gradient-1048k",
-    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
-    "qwen2.5-72b": "Qwen/Qwen2.5-72B-Instruct",
-    "smollm2-135m": "SmolLM2-135M-Instruct",
-}
 PREFILL_METHODS = ("full",)
 
 
@@ -33,7 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model_name", "--model", default="smollm2-135m", help=f"{', '.join(SHORT_NAMES)}, hub name, folder or .gguf")
     add("--lora", help="PEFT LoRA folder to merge; 'none' keeps the default model without its adapter")
-    add("--device", default="cuda:0" if gpu else "cpu", help="cpu, cuda:N, or auto: all GPUs")
+    add("--device", default=default_device(), help="cpu, cuda:N, or auto: all GPUs")
     add("--dtype", default="bf16" if gpu else "fp32", choices=["fp16", "bf16", "fp32"])
     add("--prefill_method", default="full", help=f"allowed: {', '.join(PREFILL_METHODS)}")
     add("--tasks", default="free", help="all, free (the six that need no data), or a comma list")
@@ -64,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _resolve(args: argparse.Namespace) -> None:
-    args.model_name = SHORT_NAMES.get(args.model_name.lower(), args.model_name)
+    args.model_name = full_name(args.model_name)
     args.strategies = args.strategies.split(",") if args.strategies else None
     for strategy in args.strategies or ():
         if strategy not in RETRIEVAL_STRATEGIES:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from config import RetroInferConfig, config_from_args, resolve_strategy
 from model_hub import load_model, load_tokenizer
 
+from ..command import exit_status
 from ..runner import Sample, Task, read_records, run_tasks
 from .chat import ChatTemplate, chat_template
 from .data_files import FILE, Rows, kept_rows, read_rows
@@ -32,12 +34,7 @@ from .tokens import adds_special_tokens, special_token_count, token_counter
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
-        print(f"benchmark.ruler: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("benchmark.ruler", partial(run, args))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,10 +7,14 @@ from typing import Any
 from .base import SearchResult, TokenIndex
 from .flat_index import FlatIndex
 from .graph_index import AttentionAwareGraphIndex
+from .hnsw_index import HNSWIndex
+from .ivf_index import IVFIndex
 
 INDEXES: dict[str, type[TokenIndex]] = {
     "attention_aware_graph": AttentionAwareGraphIndex,
     "flat": FlatIndex,
+    "ivf": IVFIndex,
+    "hnsw": HNSWIndex,
 }
 
 
@@ -21,4 +25,13 @@ def make_index(strategy: str, **options: Any) -> TokenIndex:
     return INDEXES[strategy](**options)
 
 
-__all__ = ["INDEXES", "AttentionAwareGraphIndex", "FlatIndex", "SearchResult", "TokenIndex", "make_index"]
+__all__ = [
+    "INDEXES",
+    "AttentionAwareGraphIndex",
+    "FlatIndex",
+    "HNSWIndex",
+    "IVFIndex",
+    "SearchResult",
+    "TokenIndex",
+    "make_index",
+]

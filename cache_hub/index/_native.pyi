@@ -18,9 +18,22 @@ def build(
     adjacency: int,
     entries: int,
 ) -> int: ...
+def repair(
+    pivots: int,
+    heads: int,
+    group: int,
+    queries: int,
+    n: int,
+    degree: int,
+    num_entries: int,
+    num_threads: int,
+    adjacency: int,
+    entries: int,
+) -> int: ...
 def extend(
     keys: KeyStore, queries: int, visible: int, count: int, begin: int, k: int, ids: int, scores: int
 ) -> None: ...
+def scan(keys: KeyStore, queries: int, group: int, k: int, num_threads: int, ids: int, scores: int) -> None: ...
 def search(
     keys: KeyStore,
     adjacency: int,

@@ -5,27 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _native
 from .base import SearchResult, TokenIndex, check_build, check_search
-from .knn import exact_topk
+from .key_store import as_key_store
 
 
 class FlatIndex(TokenIndex):
-    """Scores every key in float32 on the keys' device; adds no bytes to the store."""
+    """Scores every key, in CPU memory, in float32; adds no bytes to the store. knn.exact_topk is the same in torch."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_threads: int | None = None) -> None:
+        self.num_threads = num_threads or torch.get_num_threads()
         self.build_seconds = {}
 
     def build(self, keys: Tensor, queries: Tensor, positions: Tensor | None = None) -> None:
         """See TokenIndex.build; the queries are not used."""
         check_build(keys, queries, positions)
         self.keys = keys
+        self._store = as_key_store(keys)
 
     def search(self, queries: Tensor, k: int) -> SearchResult:
-        """See TokenIndex.search; exact."""
+        """See TokenIndex.search; exact, lower ids first among equal scores."""
         rows, n, dim = self.keys.shape
         check_search(queries, k, rows, dim)
-        scores, ids = exact_topk(self.keys, queries.to(self.keys.device), k)
-        return SearchResult(ids, scores, torch.full(queries.shape[:2], n, dtype=torch.int64))
+        group = queries.shape[1]
+        asked = queries.to("cpu", torch.float32).contiguous()
+        ids = torch.full((rows, group, k), -1, dtype=torch.int32)
+        scores = torch.full((rows, group, k), float("-inf"))
+        _native.scan(self._store, asked.data_ptr(), group, k, self.num_threads, ids.data_ptr(), scores.data_ptr())
+        return SearchResult(ids, scores, torch.full((rows, group), n, dtype=torch.int64))
 
     @property
     def nbytes(self) -> int:

@@ -12,21 +12,8 @@ from config import GraphConfig
 
 from . import _native
 from .base import SearchResult, TokenIndex, check_build, check_search
+from .key_store import as_key_store
 from .knn import causal_knn, key_knn
-
-_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-
-def as_key_store(keys: Tensor) -> _native.KeyStore:
-    """A native view of keys [R, N, D] on the CPU; their last dimension must be contiguous. Copies nothing."""
-    if keys.device.type != "cpu" or keys.dtype not in _DTYPE_CODES or keys.stride(2) != 1:
-        raise ValueError(
-            f"keys: got {keys.dtype} on {keys.device} with strides {keys.stride()}, allowed: float32, float16 or "
-            "bfloat16 in CPU memory with contiguous rows"
-        )
-    heads, n, dim = keys.shape
-    code = _DTYPE_CODES[keys.dtype]
-    return _native.KeyStore(keys.data_ptr(), code, heads, n, dim, keys.stride(0), keys.stride(1))
 
 
 class AttentionAwareGraphIndex(TokenIndex):
@@ -49,22 +36,32 @@ class AttentionAwareGraphIndex(TokenIndex):
         """See TokenIndex.build. keys in CPU memory; queries on any device, which also computes the neighbour lists."""
         check_build(keys, queries, positions)
         o = self.options
-        rows, n, _ = keys.shape
-        group, m = queries.shape[1:3]
+        rows = len(keys)
         clock = _StageClock(self.build_seconds)
         how = (o.graph_build_batch, o.knn_backend, self.num_threads)
         by_query = causal_knn(keys, queries, positions, o.q_knn, *how)
         clock.stage("query_key_knn")
         wanted = o.key_degree if o.key_links else 0
-        by_key = key_knn(keys.to(queries.device), wanted, *how)
+        keys_there = keys.to(queries.device)
+        by_key = key_knn(keys_there, wanted, *how)
         clock.stage("key_key_knn")
 
         dtype = keys.dtype if o.index_dtype == "auto" else getattr(torch, o.index_dtype)
         self.keys = keys.to(dtype)
         self._copied = self.keys is not keys
         self._store = as_key_store(self.keys)
-        self.adjacency = torch.empty(rows, n, o.key_degree, dtype=torch.int32)
         self.entries = torch.empty(rows, o.num_entries, dtype=torch.int32)
+        if queries.is_cuda:
+            self._build_on_gpu(keys_there, by_query, by_key)
+        else:
+            self._build_on_cpu(keys, by_query, by_key)
+        clock.stage("projection")
+
+    def _build_on_cpu(self, keys: Tensor, by_query: Tensor, by_key: Tensor) -> None:
+        o = self.options
+        rows, n, _ = keys.shape
+        group, m = by_query.shape[1:3]
+        self.adjacency = torch.empty(rows, n, o.key_degree, dtype=torch.int32)
         self.repaired_keys = _native.build(
             as_key_store(keys),
             by_query.data_ptr(),
@@ -80,7 +77,27 @@ class AttentionAwareGraphIndex(TokenIndex):
             self.adjacency.data_ptr(),
             self.entries.data_ptr(),
         )
-        clock.stage("projection")
+
+    def _build_on_gpu(self, keys: Tensor, by_query: Tensor, by_key: Tensor) -> None:
+        from .projection import project  # Triton only where it is used
+
+        o = self.options
+        rows, n, _ = keys.shape
+        group, m = by_query.shape[1:3]
+        self.adjacency = project(keys, by_query, by_key, o.key_degree, o.key_degree - o.key_links).cpu()
+        pivots = by_query[..., 0].cpu().contiguous()
+        self.repaired_keys = _native.repair(
+            pivots.data_ptr(),
+            rows,
+            group,
+            m,
+            n,
+            o.key_degree,
+            o.num_entries,
+            self.num_threads,
+            self.adjacency.data_ptr(),
+            self.entries.data_ptr(),
+        )
 
     def search(self, queries: Tensor, k: int) -> SearchResult:
         """Best-first search from the entries with a beam of max(ef_search, k); see TokenIndex.search."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from .base import pad_topk
 _KEY_BLOCK = 1024
 # Queries whose shared keys faiss scans at once; the keys that only some of them see are scanned one by one.
 _STAIR = 256
+# Keys whose best score torch compares first: the k chunks of highest maximum hold the exact top k.
+_CHUNK = 32
 
 
 def choose_backend(name: str, device: torch.device) -> str:
@@ -46,37 +50,38 @@ def causal_knn(
     """Exact k nearest keys by inner product for every query, among the keys it may see.
 
     keys [R, N, D], queries [R, g, M, D] (any float dtype; computed in float32 on the queries' device), positions [M]
-    as in TokenIndex.build. Returns [R, g, M, k] int32 on the CPU, best first, -1 pads. A thread works on `block`
-    queries at a time; beside them it holds their lists, and with the torch backend their scores, block x N.
+    as in TokenIndex.build. Returns [R, g, M, k] int32 on the queries' device, best first, -1 pads. A thread works on
+    `block` queries at a time; beside them it holds their lists, and with the torch backend their scores, block x N.
     """
     rows, n, _ = keys.shape
     group, m = queries.shape[1:3]
     device = queries.device
     causal = _causal_faiss if choose_backend(backend, device) == "faiss" else _causal_torch
-    visible = torch.full((m,), n, device=device) if positions is None else (positions.to(device) + 1).clamp(0, n)
+    visible = torch.full((m,), n) if positions is None else (positions.cpu() + 1).clamp(0, n)
     keys = keys.to(device, torch.float32).contiguous()
-    lists = np.empty((rows, group, m, k), np.int32)
+    lists = torch.empty(rows, group, m, k, dtype=torch.int32, device=device)
 
     def work(r: int, h: int, begin: int) -> None:
         part = slice(begin, min(begin + block, m))
-        lists[r, h, part] = causal(keys[r], queries[r, h, part].float().contiguous(), visible[part], k).numpy()
+        lists[r, h, part] = causal(keys[r], queries[r, h, part].float().contiguous(), visible[part], k)
 
     tasks = [(r, h, begin) for r in range(rows) for h in range(group) for begin in range(0, m, block)]
-    _run(work, tasks, device, num_threads)
-    return torch.from_numpy(lists)
+    in_parallel(work, tasks, device, num_threads)
+    return lists
 
 
 def key_knn(keys: Tensor, k: int, block: int = 4096, backend: str = "auto", num_threads: int | None = None) -> Tensor:
     """The k nearest other keys of every key by cosine after subtracting the mean key.
 
-    keys [R, N, D]; computed in float32 on their device. Returns [R, N, min(k, N - 1)] int32 on the CPU, best first.
+    keys [R, N, D]; computed in float32 on their device. Returns there [R, N, min(k, N - 1)] int32, best first.
     """
     rows, n, _ = keys.shape
-    k, block = min(k, n - 1), min(block, _KEY_BLOCK)
-    lists = np.empty((rows, n, k), np.int32)
+    k = min(k, n - 1)
+    lists = torch.empty(rows, n, k, dtype=torch.int32, device=keys.device)
     if k == 0:
-        return torch.from_numpy(lists)
-    nearest = _nearest_faiss if choose_backend(backend, keys.device) == "faiss" else _nearest_torch
+        return lists
+    faiss = choose_backend(backend, keys.device) == "faiss"
+    nearest, block = (_nearest_faiss, min(block, _KEY_BLOCK)) if faiss else (_nearest_torch, block)
     centred = normalize((keys.float() - keys.float().mean(1, keepdim=True)), dim=2).contiguous()
 
     def work(r: int, begin: int) -> None:
@@ -85,10 +90,10 @@ def key_knn(keys: Tensor, k: int, block: int = 4096, backend: str = "auto", num_
         # A key is its own neighbour; among exact duplicates it may not be the first, or not even listed.
         keep = ids != part[:, None]
         keep[:, -1] &= ~keep.all(dim=1)
-        lists[r, begin : begin + len(part)] = ids[keep].view(-1, k).int().cpu().numpy()
+        lists[r, begin : begin + len(part)] = ids[keep].view(-1, k)
 
-    _run(work, [(r, begin) for r in range(rows) for begin in range(0, n, block)], keys.device, num_threads)
-    return torch.from_numpy(lists)
+    in_parallel(work, [(r, begin) for r in range(rows) for begin in range(0, n, block)], keys.device, num_threads)
+    return lists
 
 
 def exact_topk(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -100,9 +105,11 @@ def exact_topk(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return pad_topk(scores, ids.int(), k)
 
 
-def _run(
+def in_parallel(
     work: Callable[..., None], tasks: Iterable[tuple[Any, ...]], device: torch.device, threads: int | None
 ) -> None:
+    """Calls work(*task) for every task: one after another for states on a GPU, else by `threads` threads (None:
+    torch's count), with faiss at one thread in each. The first error of a task is raised when its turn comes."""
     if device.type != "cpu":
         for task in tasks:
             work(*task)
@@ -112,14 +119,29 @@ def _run(
     # faiss multiplies matrices only from this many query elements on (128,000: far above a block that pays already).
     threshold = faiss.cvar.distance_compute_blas_threshold
     faiss.cvar.distance_compute_blas_threshold = 0
-    # One OpenMP thread in each: many short parallel regions wait for one another, worst where cores are shared.
-    workers = threads or torch.get_num_threads()
+    # Threads of a pool do not inherit the mode, without which they may not write what was made in it.
+    work = torch.inference_mode()(work)
+    pool = _pool(threads or torch.get_num_threads())
     try:
-        with ThreadPoolExecutor(workers, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
-            for done in [pool.submit(work, *task) for task in tasks]:
-                done.result()
+        running = [pool.submit(work, *task) for task in tasks]
+        wait(running)
+        for done in running:
+            done.result()
     finally:
         faiss.cvar.distance_compute_blas_threshold = threshold
+
+
+@cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    """Threads kept for the process, since starting them takes longer than a search, with one OpenMP thread in each:
+    many short parallel regions wait for one another, worst where cores are shared."""
+    import faiss
+
+    return ThreadPoolExecutor(workers, initializer=faiss.omp_set_num_threads, initargs=(1,))
+
+
+# A forked child has none of its parent's threads.
+os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _nearest_faiss(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -132,17 +154,35 @@ def _nearest_faiss(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tenso
 
 def _nearest_torch(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """As _nearest_faiss, on any device."""
-    scores, ids = (queries @ keys.T).topk(k)
-    return scores, ids
+    return _chunked_topk(queries, keys, len(keys), k)
 
 
 def _causal_torch(keys: Tensor, queries: Tensor, visible: Tensor, k: int) -> Tensor:
-    """Lists [m, k] int32 on the CPU, -1 pads; query i of [m, D] sees keys 0..visible[i] - 1 of [n, D]."""
+    """Lists [m, k] int32, -1 pads; query i of [m, D] sees keys 0..visible[i] - 1 of [n, D], visible [m] on the CPU."""
     seen = int(visible[-1])
-    scores = queries @ keys[:seen].T
-    scores.masked_fill_(torch.arange(seen, device=keys.device) >= visible[:, None], float("-inf"))
-    best, ids = pad_topk(*scores.topk(min(k, seen)), k)
-    return ids.masked_fill_(best == float("-inf"), -1).int().cpu()
+    if not seen:
+        return torch.full((len(queries), k), -1, dtype=torch.int32, device=keys.device)
+    best, ids = pad_topk(*_chunked_topk(queries, keys[:seen], visible, min(k, seen)), k)
+    return ids.masked_fill_(best == float("-inf"), -1).int()
+
+
+def _chunked_topk(queries: Tensor, keys: Tensor, visible: Tensor | int, k: int) -> tuple[Tensor, Tensor]:
+    """Exact top k <= n by inner product of queries [m, D] over the first `visible` ([m] or one number) of keys [n, D]:
+    scores [m, k], -inf where fewer are visible, and ids [m, k] int64."""
+    width = -(-len(keys) // _CHUNK) * _CHUNK
+    scores = queries @ torch.nn.functional.pad(keys, (0, 0, 0, width - len(keys))).T
+    hidden_from = int(visible[0]) if isinstance(visible, Tensor) else visible
+    if hidden_from < width:
+        limits = visible.to(keys.device)[:, None] if isinstance(visible, Tensor) else visible
+        tail = torch.arange(hidden_from, width, device=keys.device)
+        scores[:, hidden_from:].masked_fill_(tail >= limits, float("-inf"))
+    chunks = scores.view(len(queries), -1, _CHUNK)
+    if chunks.shape[1] <= k:
+        best, ids = scores.topk(k)
+        return best, ids
+    top = chunks.amax(2).topk(k, sorted=False).indices
+    best, at = chunks.gather(1, top[:, :, None].expand(-1, -1, _CHUNK)).flatten(1).topk(k)
+    return best, top.gather(1, at // _CHUNK) * _CHUNK + at % _CHUNK
 
 
 def _causal_faiss(keys: Tensor, queries: Tensor, visible: Tensor, k: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compile the kernels for sm_80 and sm_90; run without a GPU and without Triton's interpreter."""
+"""Compile all kernels for sm_80 and sm_90; run without a GPU and without Triton's interpreter."""
 
 import triton
 import triton.language as tl
@@ -7,6 +7,7 @@ from triton.compiler import ASTSource
 
 from attn_hub.kernels.copy_rows import copy_rows_kernel
 from attn_hub.kernels.weighted_decode import attend_rows_kernel, merge_splits_kernel
+from cache_hub.index.projection import prune_fill_kernel
 
 # Shared memory of one program: sm_86 and sm_89 have 99 KiB, the least of all GPUs since Ampere.
 SHARED_MEMORY_LIMIT = 99 * 1024
@@ -41,3 +42,6 @@ if __name__ == "__main__":
     compile_kernel(merge_splits_kernel, 80, merge_types, {"HEAD_DIM": 80, "BLOCK_S": 32, "BLOCK_D": 128})
     copy_types = {"source": "*bf16", "target": "*bf16", "source_ids": "*i64", "target_ids": "*i64"}
     compile_kernel(copy_rows_kernel, 80, copy_types, {"HEAD_DIM": 80, "BLOCK_N": 32, "BLOCK_D": 128})
+    prune_types = {"keys": "*bf16", "candidates": "*i64", "scores": "*fp32", "begin": "*i64", "links": "*i32"}
+    for capability in (80, 90):
+        compile_kernel(prune_fill_kernel, capability, prune_types, {"BLOCK_W": 16, "BLOCK_D": 128})

@@ -208,6 +208,7 @@ def test_aliases_and_random_samples(data: Path, asked: list[dict[str, Any]]) -> 
         ("flat", ["--budget", "68"], "max_capacity_prompts: got 68, allowed: above 68, the 4 sinks and 64 window"),
         ("flat", ["--budget", "-1", "--max_capacity_prompts_ratio", "0.1"], "max_capacity_prompts_ratio: got 0.1"),
         ("flat", ["--top_k", "5"], "top_k: got 5, but max_capacity_prompts 512 sets it"),
+        ("ivf", ["--set", "ivf.top_k=5"], "ivf.top_k: got 5, but max_capacity_prompts 512 sets it; allowed: 0"),
         ("flat", ["--datasets", "squad"], "datasets: got squad"),
     ],
 )

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from ruler_cases import ROOT, Pieces
 
+from benchmark.models import SHORT_NAMES
 from benchmark.ruler import run as ruler
 from benchmark.ruler.data_files import kept_rows, read_rows
-from benchmark.ruler.options import SHORT_NAMES, parse_args
+from benchmark.ruler.options import parse_args
 from benchmark.runner import keep_protocol
 
 SCRIPT = ROOT / "benchmark" / "ruler" / "ruler_run.sh"

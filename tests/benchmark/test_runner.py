@@ -12,7 +12,8 @@ import torch
 from runner_job import STRATEGIES, load, run, tasks
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmark.runner import Sample, Shard, Task, read_records, until_stop
+from benchmark.launcher import Shard
+from benchmark.runner import Sample, Task, read_records, until_stop
 from config import generate_config
 from model_hub import LLM
 
@@ -115,11 +116,28 @@ def test_shards_of_several_processes_merge_to_the_same_files(
     assert final_files(tmp_path) == undisturbed
 
 
+def test_processes_of_torchrun_share_the_samples(
+    tmp_path: Path, tiny_model: Path, undisturbed: dict[str, bytes]
+) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    job = [str(Path(runner_job.__file__)), str(tiny_model), str(tmp_path), "0"]
+    subprocess.run([*launch, *job], check=True, cwd=Path(runner_job.__file__).parents[2], capture_output=True)
+    assert final_files(tmp_path) == undisturbed
+    assert sorted(path.name for path in tmp_path.glob("parts/full/*.jsonl")) == [
+        "one.0.jsonl",
+        "one.1.jsonl",
+        "two.0.jsonl",
+        "two.1.jsonl",
+    ]
+
+
 def test_the_launcher_states_the_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Shard.of_launcher() == Shard(0, 1)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert Shard.of_launcher() == Shard(2, 4)
+    shares = [Shard(rank, 4).share("abcdef", before=3) for rank in range(4)]
+    assert shares == [["b", "f"], ["c"], ["d"], ["a", "e"]]
 
 
 def test_stop_tokens_end_the_answer_but_not_before_the_least_length(llm: LLM, tmp_path: Path) -> None:

@@ -12,14 +12,22 @@ def test_the_registry_and_the_configuration_name_the_same_strategies() -> None:
     assert tuple(STRATEGIES) == RETRIEVAL_STRATEGIES
 
 
+def attend_to_all(strategy: str, n: int) -> RetroInferConfig:
+    """Settings under which every strategy finds all of n keys."""
+    return RetroInferConfig(
+        retrieval_strategy=strategy,
+        attention_aware_graph={"top_k": n, "ef_search": n, "key_degree": 8, "key_links": 4, "index_dtype": "auto"},
+        ivf={"n_probe": n},
+        hnsw={"m": n, "ef_construction": n, "ef_search": n},
+    )
+
+
 @pytest.mark.parametrize("lengths", [[1], [63], [257], [300, 131], [257, 20, 200]])
 @pytest.mark.parametrize(("group", "dim"), [(1, 64), (3, 64), (4, 128)])
 @pytest.mark.parametrize("strategy", RETRIEVAL_STRATEGIES)
 def test_retrieving_everything_equals_full_attention(strategy: str, lengths: list[int], group: int, dim: int) -> None:
     run = Run(lengths, group, dim=dim)
-    everything = {"top_k": 257, "ef_search": 257, "key_degree": 8, "key_links": 4, "index_dtype": "auto"}
-    settings = RetroInferConfig(retrieval_strategy=strategy, attention_aware_graph=everything)
-    cache = make_cache(strategy, settings, **run.common())
+    cache = make_cache(strategy, attend_to_all(strategy, 257), **run.common())
     run.prefill(cache)
     assert relative_error(run.decode(cache), run.full_attention()) < 1e-5
     assert cache.stats.attended_share == 1.0
@@ -31,9 +39,7 @@ def test_retrieving_everything_equals_full_attention(strategy: str, lengths: lis
 @pytest.mark.parametrize("strategy", RETRIEVAL_STRATEGIES)
 def test_retrieving_everything_on_a_gpu_with_the_prompt_in_pinned_memory(strategy: str, lengths: list[int]) -> None:
     run = Run(lengths, group=4, dim=128, device="cuda:0")
-    everything = {"top_k": 300, "ef_search": 300, "key_degree": 8, "key_links": 4, "index_dtype": "auto"}
-    settings = RetroInferConfig(retrieval_strategy=strategy, attention_aware_graph=everything)
-    cache = make_cache(strategy, settings, **run.common(diagnose=True))
+    cache = make_cache(strategy, attend_to_all(strategy, 300), **run.common(diagnose=True))
     run.prefill(cache)
     assert relative_error(run.decode(cache), run.full_attention()) < 1e-4
 

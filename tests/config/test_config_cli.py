@@ -96,6 +96,14 @@ def test_set_reaches_every_key() -> None:
     assert changed == expected
 
 
+def test_a_key_that_several_sections_have_is_told_apart_by_its_section() -> None:
+    argv = ["--top_k", "5", "--set", "ivf.top_k=6", "--set", "hnsw.ef_search=7", "--ef_search", "8"]
+    changed, expected = section(*argv), section()
+    expected["attention_aware_graph"] |= {"top_k": 5, "ef_search": 8}
+    expected["ivf"]["top_k"], expected["hnsw"]["ef_search"] = 6, 7
+    assert changed == expected
+
+
 @pytest.mark.parametrize(
     ("text", "setting"),
     [
@@ -142,7 +150,7 @@ def test_key_set_twice(argv: str, source: str) -> None:
     ("argv", "message"),
     [
         ("--attn_type Flash", "attn_type: got 'Flash', allowed: Full_Flash_Attn, RetroInfer, full, flat, attention_a"),
-        ("--retrieval_strategy ivf", "RetroInfer.retrieval_strategy: got 'ivf', allowed: 'full', 'flat', 'attention_"),
+        ("--retrieval_strategy lsh", "RetroInfer.retrieval_strategy: got 'lsh', allowed: 'full', 'flat', 'attention_"),
         ("--key_degree 0", "RetroInfer.attention_aware_graph.key_degree: got 0, allowed: >= 2"),
         ("--estimation centroid", "RetroInfer.attention_aware_graph.estimation: got 'centroid', allowed: 'none'"),
         ("--retrieval_budget -0.5", "RetroInfer.retrieval_budget: got -0.5, allowed: 0 to 1"),

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from config import ATTENTION_TYPES, RETRIEVAL_STRATEGIES, ConfigError, GraphConfig, RetroInferConfig, resolve_strategy
+from config import (
+    ATTENTION_TYPES,
+    RETRIEVAL_STRATEGIES,
+    ConfigError,
+    GraphConfig,
+    HNSWConfig,
+    IVFConfig,
+    RetroInferConfig,
+    resolve_strategy,
+)
 
 GRAPH_DEFAULTS = {
     "q_knn": 32,
@@ -40,7 +49,7 @@ def test_graph_defaults() -> None:
 
 
 def test_every_key_is_described() -> None:
-    for section in (GraphConfig, RetroInferConfig):
+    for section in (GraphConfig, IVFConfig, HNSWConfig, RetroInferConfig):
         assert all(field.description for field in section.model_fields.values())
 
 
@@ -79,6 +88,34 @@ def test_graph_value_at_the_edge_is_accepted(key: str, value: Any) -> None:
 
 def test_default_key_links_above_a_smaller_degree() -> None:
     assert error_of(GraphConfig, key_degree=8) == "key_links: got 16, allowed: 0 to 8 (key_degree)"
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (IVFConfig, {"n_list": -1}, "n_list: got -1, allowed: >= 0"),
+        (IVFConfig, {"n_list": 8, "n_probe": 9}, "n_probe: got 9, allowed: 0 to 8 (n_list)"),
+        (IVFConfig, {"n_probe": "all"}, "n_probe: got 'all', allowed: an integer >= 0"),
+        (IVFConfig, {"top_k": -1}, "top_k: got -1, allowed: >= 0"),
+        (HNSWConfig, {"m": 1}, "m: got 1, allowed: >= 2"),
+        (HNSWConfig, {"ef_construction": 0}, "ef_construction: got 0, allowed: >= 1"),
+        (HNSWConfig, {"ef_search": 0}, "ef_search: got 0, allowed: >= 1"),
+        (HNSWConfig, {"top_k": 1.5}, "top_k: got 1.5, allowed: an integer >= 0"),
+    ],
+)
+def test_value_of_the_faiss_sections_out_of_range(section: type, values: dict[str, Any], message: str) -> None:
+    assert error_of(section, **values) == message
+
+
+def test_lists_searched_are_bounded_only_by_a_given_number_of_lists() -> None:
+    assert IVFConfig(n_probe=1000).n_probe == 1000
+    assert IVFConfig(n_list=8, n_probe=8).n_probe == 8
+
+
+def test_the_faiss_strategies_take_the_graphs_top_k_unless_they_state_their_own() -> None:
+    chosen = settings(attention_aware_graph={"top_k": 7}, hnsw={"top_k": 9})
+    assert chosen.top_k_of("flat") == chosen.top_k_of("ivf") == ("attention_aware_graph.top_k", 7)
+    assert chosen.top_k_of("hnsw") == ("hnsw.top_k", 9)
 
 
 @pytest.mark.parametrize("key", ["retrieval_budget", "estimation_budget", "cache_ratio"])
@@ -121,8 +158,13 @@ def test_unknown_key_lists_the_known_ones_and_the_nearest() -> None:
 
 
 def test_unknown_key_of_an_inner_section_names_that_section() -> None:
+    message = error_of(RetroInferConfig, retrieval_strategy="flat", key_degree=3)
+    assert "did you mean attention_aware_graph.key_degree?" in message
+
+
+def test_unknown_key_that_several_sections_have_names_all_of_them() -> None:
     message = error_of(RetroInferConfig, retrieval_strategy="flat", ef_search=3)
-    assert "did you mean attention_aware_graph.ef_search?" in message
+    assert "did you mean attention_aware_graph.ef_search or hnsw.ef_search?" in message
 
 
 def test_unlike_key_gets_no_guess() -> None:
@@ -153,10 +195,10 @@ def test_a_missing_strategy_is_retroinfers_own() -> None:
     assert RetroInferConfig().retrieval_strategy == "wave_index"
 
 
-@pytest.mark.parametrize("strategy", ["waves", "", None, ["flat"]])
+@pytest.mark.parametrize("strategy", ["annoy", "", None, ["flat"]])
 def test_unknown_strategy(strategy: Any) -> None:
     message = error_of(RetroInferConfig, retrieval_strategy=strategy)
-    assert message.startswith(f"retrieval_strategy: got {strategy!r}, allowed: 'full', 'flat', 'attention_aware_graph'")
+    assert message == f"retrieval_strategy: got {strategy!r}, allowed: {', '.join(map(repr, RETRIEVAL_STRATEGIES))}"
 
 
 def test_settings_do_not_change() -> None:

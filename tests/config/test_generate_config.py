@@ -194,6 +194,25 @@ def test_a_context_attended_in_full_lets_the_default_top_k_pass_but_not_a_given_
     assert error_of(5, overrides={"attention_aware_graph.top_k": 9}) == message
 
 
+@pytest.mark.parametrize("strategy", ["ivf", "hnsw"])
+def test_top_k_above_the_context_is_named_by_the_section_that_states_it(strategy: str) -> None:
+    key = f"{strategy}.top_k"
+    message = f"RetroInfer.{key}: got 5000, allowed: 1 to 4999 (the context length)"
+    assert error_of(4999, strategy, overrides={key: 5000}) == message
+    assert section(4999, "flat", overrides={key: 5000})[strategy]["top_k"] == 5000
+    graphs = "attention_aware_graph.top_k"
+    assert error_of(4999, strategy, overrides={graphs: 5000}).startswith(f"RetroInfer.{graphs}: got 5000")
+    assert section(4999, strategy, overrides={graphs: 5000, key: 10})[strategy]["top_k"] == 10
+
+
+def test_more_lists_than_keys_to_index() -> None:
+    lists = {"ivf.n_list": 500}
+    message = "RetroInfer.ivf.n_list: got 500, allowed: 0 to 499 (the keys to index)"
+    assert error_of(499 + 68, "ivf", overrides=lists) == message
+    assert section(500 + 68, "ivf", overrides=lists)["ivf"]["n_list"] == 500
+    assert section(499 + 68, "flat", overrides=lists)["ivf"]["n_list"] == 500
+
+
 @pytest.mark.parametrize("attn_type", ["Full_Flash_Attn", "full"])
 def test_full_attention_reads_no_top_k(attn_type: str) -> None:
     assert section(10, attn_type)["attention_aware_graph"]["top_k"] == 100
@@ -206,7 +225,7 @@ def test_unknown_attention_type() -> None:
 def test_retrieval_strategy_argument() -> None:
     assert section()["retrieval_strategy"] == "attention_aware_graph"
     assert section(retrieval_strategy="flat")["retrieval_strategy"] == "flat"
-    expected = "RetroInfer.retrieval_strategy: got 'annoy', allowed: 'full', 'flat', 'attention_aware_graph'"
+    expected = "RetroInfer.retrieval_strategy: got 'annoy', allowed: 'full', 'flat', 'attention_aware_graph', "
     assert error_of(retrieval_strategy="annoy").startswith(expected)
 
 

@@ -1,0 +1,115 @@
+"""The rows of a results file as means over traces, by model and context length."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+_COSTS = (
+    "tokens_attended",
+    "rows_estimated",
+    "keys_scored",
+    "bytes_read",
+    "scoring_bytes",
+    "index_bytes",
+    "kv_bytes",
+    "build_seconds",
+)
+_AGREEMENTS = ("recall", "mass", "mass_of_exact")
+
+
+@dataclass(frozen=True)
+class Average:
+    """A configuration on all its traces of a group. values: means over the traces of what each trace's row states, as
+    error_median, recall, keys_scored ..; of worst heads (error_worst, recall_worst ..) the worst trace's. What a row
+    does not state is not in it. top_k: tokens retrieved per query head, where the strategy has such a number."""
+
+    name: str
+    series: str
+    top_k: int
+    traces: int
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Configurations on traces of one model and context length, in the file's order. label: of each one's points."""
+
+    model: str
+    context_len: int
+    traces: Sequence[str]
+    averages: Sequence[Average]
+
+    def labels(self) -> list[str]:
+        """Names without the words that all names of a series begin or end with."""
+        by_series: dict[str, list[str]] = defaultdict(list)
+        for average in self.averages:
+            by_series[average.series].append(average.name)
+        return [_own_words(average.name, by_series[average.series]) for average in self.averages]
+
+
+def group_rows(rows: Sequence[dict[str, Any]]) -> list[Group]:
+    """Raises ValueError where there are no rows."""
+    if not rows:
+        raise ValueError("results: got no rows, allowed: one or more")
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        trace = row["trace"]
+        length = trace.get("prompt", {}).get("context_len", row["tokens"])
+        groups[trace.get("model", "unknown model"), length].append(row)
+    return [_group(*key, members) for key, members in sorted(groups.items())]
+
+
+def _group(model: str, length: int, rows: Sequence[dict[str, Any]]) -> Group:
+    by_configuration: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_configuration[json.dumps([row["name"], row["strategy"], row["set"]], sort_keys=True)].append(row)
+    traces = list(dict.fromkeys(row["trace"]["folder"] for row in rows))
+    return Group(model, length, traces, [_average(members) for members in by_configuration.values()])
+
+
+def _average(rows: Sequence[dict[str, Any]]) -> Average:
+    estimation = rows[0]["set"].get("attention_aware_graph.estimation", "none")
+    series = rows[0]["strategy"] + ("" if estimation == "none" else f" + {estimation}")
+    measured = [_values(row) for row in rows]
+    values = {}
+    for key in measured[0]:
+        stated = [each[key] for each in measured if key in each]
+        worst = max if key == "error_worst" else min if key.endswith("_worst") else None
+        values[key] = worst(stated) if worst else sum(stated) / len(stated)
+    return Average(rows[0]["name"], series, _top_k(rows[0]), len(rows), values)
+
+
+def _top_k(row: dict[str, Any]) -> int:
+    """That of the strategy's own section, or of the graph's, which holds for all others."""
+    own, graph = (
+        row["settings"].get(section, {}).get("top_k") for section in (row["strategy"], "attention_aware_graph")
+    )
+    return own or graph or 0
+
+
+def _values(row: dict[str, Any]) -> dict[str, float]:
+    values = {key: float(row[key]) for key in _COSTS if key in row}
+    if error := row.get("output_error"):
+        values |= {f"error_{key}": error[key] for key in ("median", "mean", "p90")}
+        values["error_worst"] = error["worst_head"]
+    for key in _AGREEMENTS:
+        if agreement := row.get(key):
+            values |= {key: agreement["mean"], f"{key}_worst": agreement["worst_head"]}
+    return values
+
+
+def _own_words(name: str, names: Sequence[str]) -> str:
+    """A name without the words that all `names` begin or end with; whole where it is the only one."""
+    words = [each.split(" ") for each in names]
+    if len(names) == 1:
+        return name
+    alike = lambda column: len(set(column)) == 1  # noqa: E731
+    begin = sum(1 for _ in takewhile(alike, zip(*words, strict=False)))
+    end = sum(1 for _ in takewhile(alike, zip(*(each[begin:][::-1] for each in words), strict=False)))
+    mine = name.split(" ")
+    return " ".join(mine[begin : len(mine) - end]).rstrip(",") or name

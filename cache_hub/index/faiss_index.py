@@ -1,0 +1,82 @@
+"""What the indexes that faiss builds have in common: one faiss index a row, over a float32 copy of the keys."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base import SearchResult, TokenIndex, check_build, check_search
+from .knn import in_parallel
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class FaissIndex(TokenIndex):
+    """One index a row R, built from the keys alone: queries and positions are checked and not used.
+
+    The rows are built side by side, each by one thread, so that the result is the same for any num_threads. faiss reads
+    float32 and keeps its own copy of the keys, which nbytes counts.
+    """
+
+    parallel_search = True  # by rows
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        self.num_threads = num_threads or torch.get_num_threads()
+        self.build_seconds = {}
+
+    def build(self, keys: Tensor, queries: Tensor, positions: Tensor | None = None) -> None:
+        """See TokenIndex.build. Raises ValueError for keys that are not float32, float16 or bfloat16 in CPU memory."""
+        check_build(keys, queries, positions)
+        if keys.device.type != "cpu" or keys.dtype not in _DTYPES:
+            raise ValueError(
+                f"keys: got {keys.dtype} on {keys.device}, allowed: float32, float16 or bfloat16 in CPU memory"
+            )
+        begin = time.perf_counter()
+        self._dim = keys.shape[2]
+        self._rows: list[Any] = [None] * len(keys)
+
+        def work(row: int) -> None:
+            self._rows[row] = self.build_row(keys[row].float().contiguous().numpy())
+
+        in_parallel(work, [(row,) for row in range(len(keys))], keys.device, self.num_threads)
+        self.build_seconds["index"] = time.perf_counter() - begin
+
+    def search(self, queries: Tensor, k: int) -> SearchResult:
+        """See TokenIndex.search."""
+        check_search(queries, k, len(self._rows), self._dim)
+        asked = queries.to("cpu", torch.float32).contiguous().numpy()
+        shape = (*queries.shape[:2], k)
+        ids, scores = np.empty(shape, np.int32), np.empty(shape, np.float32)
+        keys_scored = np.empty(shape[:2], np.int64)
+
+        def work(row: int) -> None:
+            scores[row], ids[row], keys_scored[row] = self.search_row(self._rows[row], asked[row], k)
+
+        if self.parallel_search:
+            in_parallel(work, [(row,) for row in range(len(asked))], torch.device("cpu"), self.num_threads)
+        else:
+            for row in range(len(asked)):
+                work(row)
+        scores[ids < 0] = -np.inf
+        return SearchResult(torch.from_numpy(ids), torch.from_numpy(scores), torch.from_numpy(keys_scored))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.row_bytes(row) for row in self._rows)
+
+    @abstractmethod
+    def build_row(self, keys: np.ndarray) -> Any:
+        """The index of keys [N, D] float32, in a form of the class's own."""
+
+    @abstractmethod
+    def search_row(self, row: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Scores and ids [g, k], best first, ids -1 where there are fewer, and the products computed [g]."""
+
+    @abstractmethod
+    def row_bytes(self, row: Any) -> int:
+        """Bytes of one row: its copy of the keys and everything beside it."""
