@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,9 +29,6 @@ class KV_Cache(ABC):
     nothing depends on them. diagnose: compare every decode step with an exact scan, slowly, and keep the sums in
     stats.agreement.
     """
-
-    # Keys of the configuration that only compute() reads: retune() changes them in a filled cache.
-    SEARCH_KEYS: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,
@@ -106,8 +103,18 @@ class KV_Cache(ABC):
     def store_prompt(self, q: Tensor, k: Tensor, v: Tensor, layer_idx: int, start_bdx: int) -> None:
         """Stores one layer's prompt states, free of padding and checked; layouts as in prefill_update_kv_cache."""
 
+    @classmethod
+    def build_key(cls, settings: RetroInferConfig) -> str:
+        """Equal for settings that one filled cache can serve, with `retune` between them."""
+        return settings.model_dump_json()
+
     def retune(self, settings: RetroInferConfig) -> None:  # noqa: B027
-        """Takes over the SEARCH_KEYS of settings that differ from this cache's in no other key; the build stays."""
+        """Goes over to settings of the same build key; what was built stays."""
+
+    def rewind(self) -> None:
+        """Back to the end of the prompt: forgets generated tokens and what decoding counted. Only for strategies whose
+        build can serve several settings."""
+        raise NotImplementedError(f"{type(self).__name__} cannot forget what was generated")
 
     def sync(self, layer_idx: int, start_bdx: int) -> None:  # noqa: B027
         """Called after the layer's dense attention: waits for copies, builds what the layer needs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from config import GraphConfig
 
@@ -21,25 +21,30 @@ class AttentionAwareGraphCache(TokenIndexCache):
     key_degree tokens to index is attended in full: a graph over them would be complete.
     """
 
-    SEARCH_KEYS: ClassVar[frozenset[str]] = frozenset(
-        {"attention_aware_graph.ef_search", "attention_aware_graph.top_k"}
-    )
-
     def __init__(self, **options: Any) -> None:
         knobs = {name: options.pop(name) for name in GraphConfig.model_fields if name in options}
         self.graph = GraphConfig(**knobs)
-        super().__init__(top_k=self.graph.top_k, min_indexed=self.graph.key_degree, **options)
+        super().__init__(
+            top_k=self.graph.top_k,
+            min_indexed=self.graph.key_degree,
+            estimation=self.graph.estimation,
+            estimation_budget=self.graph.estimation_budget,
+            **options,
+        )
 
     @classmethod
     def options(cls, settings: RetroInferConfig) -> dict[str, Any]:
         return {**super().options(settings), **settings.attention_aware_graph.model_dump()}
 
     def new_index(self) -> TokenIndex:
-        return make_index("attention_aware_graph", num_threads=self.num_threads, **self.graph.model_dump())
+        knobs = self.graph.model_dump()
+        if self.estimation == "softmax_lift":
+            knobs["index_dtype"] = "auto"  # 16 bits cannot hold a logit and the log of a draw in one sum
+        return make_index("attention_aware_graph", num_threads=self.num_threads, **knobs)
 
     def retune(self, settings: RetroInferConfig) -> None:
+        super().retune(settings)
         self.graph = settings.attention_aware_graph
-        self.top_k = self.graph.top_k
         for group in itertools.chain.from_iterable(self._groups):
             assert isinstance(group.index, AttentionAwareGraphIndex)
             group.index.options = self.graph

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +12,16 @@ import torch
 from torch import Tensor
 
 from attn_hub import WeightedPart, weighted_decode_attention
+from config import ESTIMATIONS
 
 from .cache import KV_Cache
+from .clusters import ClusterCounts
 from .diagnosis import agreement_with_exact, unite
 from .index import TokenIndex
+from .lift import SoftmaxLift
 from .static_zone import StaticZone, check_static, sinks_and_window
-from .stats import Agreement
+from .stats import Agreement, CacheStats
+from .tail import CentroidTail
 
 if TYPE_CHECKING:
     from config import RetroInferConfig
@@ -23,11 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Indexed:
-    """The index of the sequences of one prefill call; their rows are sequence-major: [count * Hkv]."""
+    """The index of the sequences of one prefill call, and its sampler where there is one; their rows are
+    sequence-major: [count * Hkv]."""
 
     start: int
     count: int
     index: TokenIndex
+    lift: SoftmaxLift | None
 
 
 class TokenIndexCache(KV_Cache):
@@ -37,6 +45,10 @@ class TokenIndexCache(KV_Cache):
     Between them lie the indexed tokens: per query head the index finds top_k, and the g query heads of a kv head attend
     to the union of what they found. A prompt with at most `min_indexed` tokens between is attended in full, which
     `stats.notes` says. `core`: CPU threads of the index beside a GPU.
+
+    estimation: what stands for the indexed tokens that are not retrieved. "none": nothing. "centroid": the clusters
+    that they form (CentroidTail), or the best `estimation_budget` of these. "softmax_lift": the tokens retrieved are a
+    weighted sample of all (SoftmaxLift), top_k draws a query head, always the same for the same prompt.
     """
 
     def __init__(
@@ -48,12 +60,19 @@ class TokenIndexCache(KV_Cache):
         core: int | None = None,
         top_k: int = 100,
         min_indexed: int = 0,
+        estimation: str = "none",
+        estimation_budget: float = 1.0,
         **common: Any,
     ) -> None:
         super().__init__(max_new_length=max_new_length, **common)
         check_static(max_new_length, static_pattern_start, static_pattern_end)
         if top_k < 1:
             raise ValueError(f"top_k: got {top_k}, allowed: >= 1")
+        if estimation not in ESTIMATIONS:
+            raise ValueError(f"estimation: got {estimation!r}, allowed: {', '.join(ESTIMATIONS)}")
+        if not 0 <= estimation_budget <= 1:
+            raise ValueError(f"estimation_budget: got {estimation_budget}, allowed: 0 to 1")
+        self.estimation, self.estimation_budget = estimation, estimation_budget
         self.sinks, self.window, self.top_k, self.min_indexed = (
             static_pattern_start,
             static_pattern_end,
@@ -64,6 +83,8 @@ class TokenIndexCache(KV_Cache):
         self.num_threads = core if self.devices[0].type == "cuda" else None
         self._groups: list[list[_Indexed]] = [[] for _ in self.devices]
         self._pending: Tensor | None = None
+        self._tails: list[CentroidTail] = []
+        self._draws = torch.Generator().manual_seed(0)
         self._allocate()
 
     @classmethod
@@ -73,7 +94,32 @@ class TokenIndexCache(KV_Cache):
             "static_pattern_end": settings.static_pattern_end,
             "core": settings.core,
             "top_k": settings.attention_aware_graph.top_k,
+            "estimation": settings.attention_aware_graph.estimation,
+            "estimation_budget": settings.attention_aware_graph.estimation_budget,
         }
+
+    @classmethod
+    def build_key(cls, settings: RetroInferConfig) -> str:
+        graph = settings.attention_aware_graph.model_dump(exclude={"ef_search", "top_k", "estimation_budget"})
+        # Clusters can be added to a filled cache; the sample's index is another one.
+        graph["estimation"] = graph["estimation"] == "softmax_lift"
+        return json.dumps([graph, settings.model_dump(exclude={"attention_aware_graph"})], sort_keys=True)
+
+    def retune(self, settings: RetroInferConfig) -> None:
+        options = self.options(settings)
+        self.top_k, self.estimation = options["top_k"], options["estimation"]
+        self.estimation_budget = options["estimation_budget"]
+        self._make_tails()
+
+    def rewind(self) -> None:
+        for zone, generated in zip(self._zones, self.generated, strict=True):
+            zone.drop_last(generated)
+        self.generated = [0] * self.layer_num
+        self.stats = CacheStats(
+            seconds=defaultdict(float, self._prompt_seconds),
+            notes=self.stats.notes,
+            agreement=Agreement.zeros(self.layer_num, self.num_heads) if self.stats.agreement else None,
+        )
 
     @abstractmethod
     def new_index(self) -> TokenIndex:
@@ -129,11 +175,38 @@ class TokenIndexCache(KV_Cache):
         keys = self._keys[layer_idx][start_bdx : start_bdx + count, :, indexed.start : indexed.stop].flatten(0, 1)
         positions = torch.arange(length, device=q.device) - indexed.start
         index = self.new_index()
+        lift = SoftmaxLift(index, self._draws) if self.estimation == "softmax_lift" else None
         with self.stats.timed("build"):
-            index.build(keys, queries.reshape(rows, self.group_size, length, self.head_dim), positions)
+            (lift or index).build(keys, queries.reshape(rows, self.group_size, length, self.head_dim), positions)
         for stage, seconds in index.build_seconds.items():
             self.stats.seconds[stage] += seconds
-        self._groups[layer_idx].append(_Indexed(start_bdx, count, index))
+        self._groups[layer_idx].append(_Indexed(start_bdx, count, index, lift))
+
+    def prepare_cache(self) -> None:
+        """Makes the clusters that stand for the rest, where they do."""
+        self._make_tails()
+        self._prompt_seconds = dict(self.stats.seconds)
+
+    def _make_tails(self) -> None:
+        if self.estimation != "centroid":
+            return
+        if not self._tails:
+            with self.stats.timed("build"):
+                self._tails = [self._new_tail(layer_idx) for layer_idx in range(self.layer_num)]
+        for tail in self._tails:
+            tail.share = self.estimation_budget
+
+    def _new_tail(self, layer_idx: int) -> CentroidTail:
+        tail = CentroidTail(self.batch_size, self.kv_head, self.head_dim, self.dtype, self.devices[layer_idx])
+        for group in self._groups[layer_idx]:
+            sequences, length = slice(group.start, group.start + group.count), self.prompt_lengths[group.start]
+            indexed = self.indexed_range(length)
+            counts = ClusterCounts.for_length(length, 0, 0)
+            if counts.centroids > len(indexed) // counts.segments * counts.segments:
+                counts = ClusterCounts(1, len(indexed), 0, 0)
+            tokens = (sequences, slice(None), slice(indexed.start, indexed.stop))
+            tail.add(sequences, self._keys[layer_idx][tokens], self._values[layer_idx][tokens], counts)
+        return tail
 
     def decode_update_kv_cache(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
         self._zones[layer_idx].append(key_states, value_states)
@@ -143,36 +216,59 @@ class TokenIndexCache(KV_Cache):
         parts = [self._zones[layer_idx].part()]
         if self._groups[layer_idx]:
             with self.stats.timed("search"):
-                found, ids = self._retrieve(query_states, layer_idx)
+                found, ids, log_weights = self._retrieve(query_states, layer_idx)
             if self.stats.agreement is not None:
                 with self.stats.timed("diagnosis"):
                     self._compare(query_states, found, layer_idx, self.stats.agreement)
-            parts.append(WeightedPart(self._keys[layer_idx], self._values[layer_idx], ids, None, None))
+            there = ids.to(query_states.device, non_blocking=True)
+            parts.append(WeightedPart(self._keys[layer_idx], self._values[layer_idx], there, log_weights, None))
+            if self.estimation == "centroid":
+                with self.stats.timed("estimate"):
+                    rest, clusters = self._tails[layer_idx].parts(
+                        query_states,
+                        torch.where(there >= 0, there - self.sinks, -1),
+                        self._rows_of_values(ids, layer_idx),
+                    )
+                self.stats.estimated += clusters
+                parts += rest
         self._count_tokens(layer_idx)
         with self.stats.timed("attention"):
             return weighted_decode_attention(query_states, parts)
 
-    def _retrieve(self, query_states: Tensor, layer_idx: int) -> tuple[list[Tensor], Tensor]:
+    def _retrieve(self, query_states: Tensor, layer_idx: int) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """What every group's search found, index ids [R, g, top_k], and the positions to attend to: the union over
-        each kv head's group, [B, Hkv, g * top_k] int32 on the query's device, -1 pads."""
+        each kv head's group, [B, Hkv, g * top_k] int32 on the CPU, -1 pads; their log weights on the query's device."""
         # [B, 1, Hkv * g, D] -> [B * Hkv, g, D]
         queries = query_states.reshape(-1, self.group_size, self.head_dim)
         shape = (self.batch_size, self.kv_head, self.group_size * self.top_k)
         ids = torch.full(shape, -1, dtype=torch.int32)
+        weights = torch.zeros(shape) if self.estimation == "softmax_lift" else None
         found = []
         for group in self._groups[layer_idx]:
             rows = slice(group.start * self.kv_head, (group.start + group.count) * self.kv_head)
-            result = group.index.search(queries[rows], self.top_k)
-            united = unite(result.ids.cpu())
-            ids[group.start : group.start + group.count] = torch.where(united >= 0, united + self.sinks, -1).view(
-                -1, *shape[1:]
-            )
+            sequences = slice(group.start, group.start + group.count)
+            if group.lift is not None and weights is not None:
+                sample, result = group.lift.search(queries[rows], self.top_k)
+                united = sample.ids
+                weights[sequences] = sample.log_weights.view(-1, *shape[1:])
+            else:
+                result = group.index.search(queries[rows], self.top_k)
+                united = unite(result.ids.cpu())
+            ids[sequences] = torch.where(united >= 0, united + self.sinks, -1).view(-1, *shape[1:])
             found.append(result.ids)
             self.stats.scored += int(result.keys_scored.sum())
         attended = int((ids >= 0).sum())
         self.stats.attended += attended
         self.stats.bytes_moved += 2 * attended * self.head_dim * self.dtype.itemsize
-        return found, ids.to(query_states.device, non_blocking=True)
+        return found, ids, None if weights is None else weights.to(query_states.device, non_blocking=True)
+
+    def _rows_of_values(self, ids: Tensor, layer_idx: int) -> Tensor:
+        """The values [B, Hkv, T, D] of positions ids [B, Hkv, T] on the layer's device, of position 0 where padded."""
+        store = self._values[layer_idx]
+        batch, heads, tokens, dim = store.shape
+        first = torch.arange(batch * heads).view(batch, heads, 1) * tokens
+        rows = store.view(-1, dim).index_select(0, (first + ids.clamp(min=0)).flatten())
+        return rows.view(*ids.shape, dim).to(self.devices[layer_idx], non_blocking=True)
 
     def _count_tokens(self, layer_idx: int) -> None:
         static = sum(self._zones[layer_idx].counts)
@@ -196,4 +292,5 @@ class TokenIndexCache(KV_Cache):
 
     @property
     def index_bytes(self) -> int:
-        return sum(group.index.nbytes for groups in self._groups for group in groups)
+        indexes = sum((group.lift or group.index).nbytes for groups in self._groups for group in groups)
+        return indexes + sum(tail.nbytes for tail in self._tails)

@@ -44,6 +44,11 @@ class StaticZone:
         self.counts = [count + 1 for count in self.counts]
         self._lengths += 1
 
+    def drop_last(self, tokens: int) -> None:
+        """Forgets the tokens of every sequence that came last."""
+        self.counts = [count - tokens for count in self.counts]
+        self._lengths -= tokens
+
     def part(self) -> WeightedPart:
         """All tokens held, each counted once."""
         return WeightedPart(self.keys, self.values, None, None, self._lengths)

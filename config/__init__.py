@@ -4,17 +4,20 @@ from config.cli import add_config_args, config_from_args
 from config.config import cluster_counts, generate_config, load_config
 from config.schema import (
     ATTENTION_TYPES,
+    ESTIMATIONS,
     RETRIEVAL_STRATEGIES,
     GraphConfig,
     HNSWConfig,
     IVFConfig,
     RetroInferConfig,
     resolve_strategy,
+    with_estimation,
 )
 from config.section import ConfigError
 
 __all__ = [
     "ATTENTION_TYPES",
+    "ESTIMATIONS",
     "RETRIEVAL_STRATEGIES",
     "ConfigError",
     "GraphConfig",
@@ -27,4 +30,5 @@ __all__ = [
     "generate_config",
     "load_config",
     "resolve_strategy",
+    "with_estimation",
 ]

@@ -14,6 +14,8 @@ from config.section import ConfigError, allowed_values
 
 _GRAPH = "attention_aware_graph"
 _RETROINFER_FLAGS = ("retrieval_budget", "estimation_budget", "cache_ratio", "use_cuda_graph", "gpu_only")
+# The graph's estimation_budget is not the wave index's: --set reaches it.
+_GRAPH_FLAGS = tuple(name for name in GraphConfig.model_fields if name not in _RETROINFER_FLAGS)
 
 
 def add_config_args(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +32,8 @@ def add_config_args(parser: argparse.ArgumentParser) -> None:
     )
     for name in (*_RETROINFER_FLAGS, "retrieval_strategy"):
         _add_flag(group, name, RetroInferConfig.model_fields[name])
-    for name, field in GraphConfig.model_fields.items():
-        _add_flag(group, name, field)
+    for name in _GRAPH_FLAGS:
+        _add_flag(group, name, GraphConfig.model_fields[name])
     group.add_argument(
         "--set",
         action="append",
@@ -49,11 +51,11 @@ def config_from_args(args: argparse.Namespace, model_name: str, context_len: int
     """
     flags = {
         name: getattr(args, name)
-        for name in (*_RETROINFER_FLAGS, "retrieval_strategy", *GraphConfig.model_fields)
+        for name in (*_RETROINFER_FLAGS, "retrieval_strategy", *_GRAPH_FLAGS)
         if getattr(args, name) is not None
     }
-    overrides = {f"{_GRAPH}.{name}": flags[name] for name in GraphConfig.model_fields if name in flags}
-    flag_keys = {key: f"--{key.rpartition('.')[2]}" for key in (*flags.keys() - GraphConfig.model_fields, *overrides)}
+    overrides = {f"{_GRAPH}.{name}": flags[name] for name in _GRAPH_FLAGS if name in flags}
+    flag_keys = {key: f"--{key.rpartition('.')[2]}" for key in (*flags.keys() - set(_GRAPH_FLAGS), *overrides)}
     for full_key, value in args.set or ():
         key = override_key(full_key)
         for other, source in flag_keys.items():

@@ -11,6 +11,10 @@ from config.section import ConfigError, Section
 
 RetrievalStrategy = Literal["full", "flat", "attention_aware_graph", "wave_index", "ivf", "hnsw"]
 RETRIEVAL_STRATEGIES: tuple[str, ...] = get_args(RetrievalStrategy)
+# Those that retrieve tokens by an index, and can estimate the rest.
+ESTIMATING = ("flat", "attention_aware_graph", "ivf", "hnsw")
+Estimation = Literal["none", "centroid", "softmax_lift"]
+ESTIMATIONS: tuple[str, ...] = get_args(Estimation)
 ATTENTION_TYPES: tuple[str, ...] = ("Full_Flash_Attn", "RetroInfer")
 
 
@@ -67,9 +71,18 @@ class GraphConfig(Section):
         description="what runs the exact neighbour search. auto takes torch where the keys are on a GPU, which "
         "faiss-cpu cannot read, and faiss elsewhere",
     )
-    estimation: Literal["none"] = Field(
-        default="none",
-        description="how the tokens that are not retrieved are estimated. none drops them: no other way is implemented",
+    estimation: Estimation = Field(
+        default="centroid",
+        description="what stands for the indexed tokens that are not retrieved, whichever index finds those that are. "
+        "none: nothing, as in RetrievalAttention. centroid: the clusters that they form. softmax_lift: the retrieved "
+        "are a weighted sample of all. On real traces dropped tokens are a larger error than what a search misses",
+    )
+    estimation_budget: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="share of the clusters that estimation centroid attends to, best first. All of them are one for 16 "
+        "tokens; RetroInfer's 0.232 raised the mean error on real traces of 8,192 tokens by 1.3 to 2.2 times",
     )
     num_entries: int = Field(
         default=64,
@@ -205,6 +218,27 @@ class ModelConfig(Section):
     """A whole configuration file, `config/<model name>.json`."""
 
     RetroInfer: RetroInferConfig = Field(description="the one section of a configuration file")
+
+
+def with_estimation(name: str, settings: RetroInferConfig) -> tuple[str, RetroInferConfig]:
+    """The strategy and settings of a variant: `<strategy>+<estimation>`, or a strategy's name, as configured.
+
+    Raises:
+        ConfigError: for an unknown strategy or estimation, or one beside a strategy that estimates nothing or always.
+    """
+    strategy, plus, estimation = name.partition("+")
+    if strategy not in RETRIEVAL_STRATEGIES:
+        raise ConfigError(f"strategy: got {strategy!r}, allowed: {', '.join(RETRIEVAL_STRATEGIES)}")
+    if not plus:
+        return strategy, settings
+    if strategy not in ESTIMATING:
+        raise ConfigError(
+            f"strategy: got {name!r}, allowed: {strategy!r}; an estimation goes with {', '.join(ESTIMATING)}"
+        )
+    if estimation not in ESTIMATIONS:
+        raise ConfigError(f"estimation: got {estimation!r} in {name!r}, allowed: {', '.join(ESTIMATIONS)}")
+    graph = settings.attention_aware_graph.model_copy(update={"estimation": estimation})
+    return strategy, settings.model_copy(update={"attention_aware_graph": graph})
 
 
 def resolve_strategy(attention_type: str, settings: RetroInferConfig) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmark.results import write_json
 from benchmark.runner import read_records, run_tasks
-from config import RetroInferConfig, resolve_strategy
+from config import RetroInferConfig, resolve_strategy, with_estimation
 from model_hub import load_model, load_tokenizer
 
 from .catalog import DATASETS, METRIC
@@ -109,11 +109,14 @@ def run_job(job: Job) -> dict[str, list[dict[str, Any]]]:
 
 
 def resolve_strategies(names: Sequence[str], attn_config: dict[str, Any]) -> list[str]:
-    """Strategies of names or attention types, once each. ConfigError for an unknown one, listing the known."""
+    """Strategies of names, variants or attention types, once each. ConfigError for an unknown one lists the known."""
     settings = RetroInferConfig(**attn_config["RetroInfer"])
     if not names:
         raise ValueError("strategies: got none, allowed: at least one")
-    return list(dict.fromkeys(resolve_strategy(name, settings) for name in names))
+    resolved = [name if "+" in name else resolve_strategy(name, settings) for name in names]
+    for name in resolved:
+        with_estimation(name, settings)
+    return list(dict.fromkeys(resolved))
 
 
 def read_sources(job: Job) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[Skipped]]]:

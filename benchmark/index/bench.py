@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,14 +35,7 @@ class _Row:
     def build_key(self) -> str:
         """Equal for rows that one filled cache can serve."""
         strategy = self.configuration.strategy
-        settings = self.settings.model_dump()
-        for full_key in STRATEGIES[strategy].SEARCH_KEYS:
-            *sections, last = full_key.split(".")
-            inner = settings
-            for section in sections:
-                inner = inner[section]
-            del inner[last]
-        return json.dumps([strategy, settings], sort_keys=True)
+        return f"{strategy} {STRATEGIES[strategy].build_key(self.settings)}"
 
 
 class Bench:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from config import RETRIEVAL_STRATEGIES, add_config_args
+from config import RetroInferConfig, add_config_args, with_estimation
 
 from ..launcher import default_device
 from ..models import SHORT_NAMES, full_name
@@ -33,7 +33,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prefill_method", default="full", help=f"allowed: {', '.join(PREFILL_METHODS)}")
     add("--tasks", default="free", help="all, free (the six that need no data), or a comma list")
     add("--context_len", default="4096", help="tokens of prompt and answer together; a comma list runs several")
-    add("--strategies", help="comma list; default: what --attn_type and the configuration say")
+    add(
+        "--strategies",
+        help="comma list, variants as flat+none too; default: what --attn_type and the configuration say",
+    )
     add("--num_samples", type=int, default=200, help="a task; 200 as RetroInfer, upstream takes 500")
     add("--seed", type=int, default=42)
     add("--template", default="auto", help="auto: by model family; chatml, meta-llama3, meta-chat, tokenizer, ..")
@@ -62,8 +65,7 @@ def _resolve(args: argparse.Namespace) -> None:
     args.model_name = full_name(args.model_name)
     args.strategies = args.strategies.split(",") if args.strategies else None
     for strategy in args.strategies or ():
-        if strategy not in RETRIEVAL_STRATEGIES:
-            raise ValueError(f"strategies: got {strategy!r}, allowed: {', '.join(RETRIEVAL_STRATEGIES)}")
+        with_estimation(strategy, RetroInferConfig())
     if args.prefill_method not in PREFILL_METHODS:
         raise ValueError(f"prefill_method: got {args.prefill_method!r}, allowed: {', '.join(PREFILL_METHODS)}")
     lengths = args.context_len.split(",")

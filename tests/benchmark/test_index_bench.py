@@ -83,6 +83,7 @@ def test_flat_against_plain_numpy(tmp_path: Path, tests: int) -> None:
                     held = attention(q[h, step : step + 1], k, np.isin(np.arange(n), attended)[:, None])
                     masses.append(held.item())
     sections = ("static_pattern_start", sinks), ("static_pattern_end", window), (f"{GRAPH}.top_k", top_k)
+    sections += ((f"{GRAPH}.estimation", "none"),)
     flags = [word for key, value in sections for word in ("--set", f"{key}={value}")]
     (row,) = measure(folder, tmp_path / "o.json", "--strategies", "flat", *flags)
     by_head = np.array(errors).reshape(2, 2, -1, 3).transpose(0, 1, 3, 2)
@@ -216,7 +217,8 @@ def test_a_strategys_own_counters_and_estimates_arrive(tmp_path: Path, monkeypat
 
     monkeypatch.setitem(STRATEGIES, "flat", Estimating)
     folder = write_trace(tmp_path / "a")
-    (row,) = measure(folder, tmp_path / "o.json", "--strategies", "flat", "--set", f"{GRAPH}.top_k=20")
+    flags = ("--set", f"{GRAPH}.top_k=20", "--set", f"{GRAPH}.estimation=none")
+    (row,) = measure(folder, tmp_path / "o.json", "--strategies", "flat", *flags)
     assert row["rows_estimated"] == 7
     assert row["counts"]["mine"] == 3
     assert row["estimate_bytes"] == 2 * 7 * 32 * 4

@@ -149,7 +149,7 @@ def test_bad_input_is_told_before_a_model_loads(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("--strategies full,nope", "strategies: got 'nope', allowed: full, flat"),
+        ("--strategies full,nope", "strategy: got 'nope', allowed: full, flat"),
         ("--context_len 4k", "context_len: got '4k', allowed: numbers of tokens"),
         ("--num_samples 0", "num_samples: got 0, allowed: 1 or more"),
         ("--prefill_method xattn", "prefill_method: got 'xattn', allowed: full"),

@@ -13,7 +13,7 @@ from runner_job import STRATEGIES, load, run, tasks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmark.launcher import Shard
-from benchmark.runner import Sample, Task, read_records, until_stop
+from benchmark.runner import Sample, Task, read_records, run_tasks, until_stop
 from config import generate_config
 from model_hub import LLM
 
@@ -129,6 +129,17 @@ def test_processes_of_torchrun_share_the_samples(
         "two.0.jsonl",
         "two.1.jsonl",
     ]
+
+
+def test_variants_that_share_a_build_answer_as_in_runs_of_their_own(llm: LLM, tmp_path: Path) -> None:
+    names = ["flat+none", "flat+centroid", "attention_aware_graph+centroid", "attention_aware_graph+softmax_lift"]
+    config = generate_config("tiny", 300, "RetroInfer", overrides={"attention_aware_graph.top_k": 20})
+    run_tasks(llm, runner_job.Bytes(), tasks(), names, config, tmp_path / "all", {"seed": 1})
+    for name in names:
+        run_tasks(llm, runner_job.Bytes(), tasks(), [name], config, tmp_path / "one", {"seed": 1})
+        assert read_records(tmp_path / "one", name, "one") == read_records(tmp_path / "all", name, "one")
+    estimated = {name: (read_records(tmp_path / "all", name, "one") or [{}])[0]["index_bytes"] for name in names}
+    assert estimated["flat+none"] == 0 < estimated["flat+centroid"]
 
 
 def test_the_launcher_states_the_shard(monkeypatch: pytest.MonkeyPatch) -> None:

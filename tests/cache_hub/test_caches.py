@@ -5,18 +5,20 @@ import torch
 from cache_run import LAYERS, STEPS, Run, relative_error
 
 from cache_hub import STRATEGIES, AttentionAwareGraphCache, FlatCache, make_cache
-from config import RETRIEVAL_STRATEGIES, RetroInferConfig
+from config import ESTIMATIONS, RETRIEVAL_STRATEGIES, RetroInferConfig
+from config.schema import ESTIMATING
 
 
 def test_the_registry_and_the_configuration_name_the_same_strategies() -> None:
     assert tuple(STRATEGIES) == RETRIEVAL_STRATEGIES
 
 
-def attend_to_all(strategy: str, n: int) -> RetroInferConfig:
+def attend_to_all(strategy: str, n: int, estimation: str = "centroid") -> RetroInferConfig:
     """Settings under which every strategy finds all of n keys."""
+    graph = {"top_k": n, "ef_search": n, "key_degree": 8, "key_links": 4, "index_dtype": "auto"}
     return RetroInferConfig(
         retrieval_strategy=strategy,
-        attention_aware_graph={"top_k": n, "ef_search": n, "key_degree": 8, "key_links": 4, "index_dtype": "auto"},
+        attention_aware_graph={**graph, "estimation": estimation},
         ivf={"n_probe": n},
         hnsw={"m": n, "ef_construction": n, "ef_search": n},
     )
@@ -31,6 +33,62 @@ def test_retrieving_everything_equals_full_attention(strategy: str, lengths: lis
     run.prefill(cache)
     assert relative_error(run.decode(cache), run.full_attention()) < 1e-5
     assert cache.stats.attended_share == 1.0
+
+
+@pytest.mark.parametrize("estimation", ESTIMATIONS)
+@pytest.mark.parametrize("strategy", ESTIMATING)
+def test_retrieving_everything_equals_full_attention_with_any_estimate(strategy: str, estimation: str) -> None:
+    run = Run([257, 20, 200])
+    cache = make_cache(strategy, attend_to_all(strategy, 300, estimation), **run.common())
+    run.prefill(cache)
+    assert relative_error(run.decode(cache), run.full_attention()) < 1e-5
+
+
+def test_the_centroids_of_the_rest_come_nearer_to_full_attention_than_nothing() -> None:
+    """On random states, which attend to everything a little."""
+    run, errors = Run([1500], steps=3), []
+    for estimation in ("none", "centroid"):
+        cache = FlatCache(top_k=50, estimation=estimation, **run.common())
+        run.prefill(cache)
+        errors.append(relative_error(run.decode(cache), run.full_attention()))
+    assert errors[1] < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize(("first", "second"), [("none", "centroid"), ("centroid", "none")])
+def test_a_cache_rewound_and_retuned_answers_as_one_of_its_own(first: str, second: str) -> None:
+    run = Run([300, 131])
+    settings = {
+        name: RetroInferConfig(attention_aware_graph={"estimation": name, "top_k": 20}) for name in (first, second)
+    }
+    caches = {
+        name: make_cache("attention_aware_graph", settings[name], **run.common(diagnose=True)) for name in settings
+    }
+    for cache in caches.values():
+        run.prefill(cache)
+    run.decode(caches[first])
+    assert type(caches[first]).build_key(settings[first]) == type(caches[first]).build_key(settings[second])
+    caches[first].rewind()
+    caches[first].retune(settings[second])
+    assert torch.equal(run.decode(caches[first]), run.decode(caches[second]))
+    stats = [caches[name].stats for name in (first, second)]
+    for counter in ("attended", "attended_of", "estimated", "scored", "scored_of"):
+        assert getattr(stats[0], counter) == getattr(stats[1], counter)
+    assert all(cache.stats.agreement and cache.stats.agreement.steps.tolist() == [10, 10] for cache in caches.values())
+    assert caches[first].stats.seconds["build"] > 0
+
+
+def test_settings_that_need_another_build_have_another_key() -> None:
+    keys = [
+        STRATEGIES["attention_aware_graph"].build_key(RetroInferConfig(attention_aware_graph=options))
+        for options in (
+            {},
+            {"top_k": 7, "ef_search": 9, "estimation": "none"},
+            {"q_knn": 9},
+            {"estimation": "softmax_lift"},
+        )
+    ]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
 
 
 @pytest.mark.gpu

@@ -50,9 +50,11 @@ def test_every_graph_key_is_a_typed_flag() -> None:
         "estimation": "none",
         "num_entries": 5,
     }
-    assert values.keys() == GraphConfig.model_fields.keys()
+    beyond_flags = {"estimation_budget": 0.5}
+    assert values.keys() | beyond_flags.keys() == GraphConfig.model_fields.keys()
     argv = [part for key, value in values.items() for part in (f"--{key}", str(value))]
-    assert section(*argv)["attention_aware_graph"] == values
+    argv += ["--set", "attention_aware_graph.estimation_budget=0.5"]
+    assert section(*argv)["attention_aware_graph"] == values | beyond_flags
 
 
 def test_retroinfer_flags() -> None:
@@ -152,7 +154,7 @@ def test_key_set_twice(argv: str, source: str) -> None:
         ("--attn_type Flash", "attn_type: got 'Flash', allowed: Full_Flash_Attn, RetroInfer, full, flat, attention_a"),
         ("--retrieval_strategy lsh", "RetroInfer.retrieval_strategy: got 'lsh', allowed: 'full', 'flat', 'attention_"),
         ("--key_degree 0", "RetroInfer.attention_aware_graph.key_degree: got 0, allowed: >= 2"),
-        ("--estimation centroid", "RetroInfer.attention_aware_graph.estimation: got 'centroid', allowed: 'none'"),
+        ("--estimation best", "RetroInfer.attention_aware_graph.estimation: got 'best', allowed: 'none', 'centroid'"),
         ("--retrieval_budget -0.5", "RetroInfer.retrieval_budget: got -0.5, allowed: 0 to 1"),
         ("--cache_ratio nan", "RetroInfer.cache_ratio: got nan, allowed: a number 0 to 1"),
         ("--top_k 9000", "RetroInfer.attention_aware_graph.top_k: got 9000, allowed: 1 to 8192 (the context length)"),

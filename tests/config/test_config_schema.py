@@ -27,7 +27,8 @@ GRAPH_DEFAULTS = {
     "index_dtype": "bfloat16",
     "graph_build_batch": 4096,
     "knn_backend": "auto",
-    "estimation": "none",
+    "estimation": "centroid",
+    "estimation_budget": 1.0,
     "num_entries": 64,
 }
 
@@ -67,8 +68,9 @@ def test_every_key_is_described() -> None:
         ("num_entries", 0, ">= 1"),
         ("index_dtype", "int8", "'auto', 'float32', 'float16', 'bfloat16'"),
         ("knn_backend", "cuvs", "'auto', 'faiss', 'torch'"),
-        ("estimation", "centroid", "'none'"),
-        ("estimation", None, "'none'"),
+        ("estimation", "clusters", "'none', 'centroid', 'softmax_lift'"),
+        ("estimation", None, "'none', 'centroid', 'softmax_lift'"),
+        ("estimation_budget", 1.01, "0 to 1"),
         ("top_k", "100", "an integer >= 1"),
         ("top_k", 100.0, "an integer >= 1"),
         ("top_k", True, "an integer >= 1"),

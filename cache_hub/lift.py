@@ -1,0 +1,73 @@
+"""SoftmaxLift: a token index that draws a weighted sample of the tokens instead of the best ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .index import SearchResult, TokenIndex
+
+
+@dataclass
+class Sample:
+    """Tokens drawn for a group: ids [R, g * k] int32, none twice, -1 pads; log_weights [R, g * k] float32 >= 0."""
+
+    ids: Tensor
+    log_weights: Tensor
+
+
+class SoftmaxLift:
+    """Priority sampling through any index of inner products.
+
+    Each key gets a u in (0, 1], drawn once for all query heads of its kv head, and one more dimension -sqrt(D) log u;
+    queries get a 1. Then q'.k' / sqrt(D) = log(w / u), w = exp of the softmax logit: the log of the key's priority. The
+    k keys of highest priority are the sample of a query head, the next one's priority tau is its threshold, and a
+    sampled key counts max(w, tau). The group attends to the union of its heads' samples; a key's weight is then 1 over
+    the probability that any head draws it, min(1, max over heads of w / tau). Both sums of the softmax are unbiased.
+
+    Source: "Attention via Black-Box Vector Search" (Zharkov, Singal, Padaki, Andoni, 2026); the union is ours, and on
+    real traces it erred less than a sample for each head.
+    """
+
+    def __init__(self, index: TokenIndex, generator: torch.Generator) -> None:
+        """index: an empty one, which is built over float32 keys of D + 1 dimensions."""
+        self.index, self._generator = index, generator
+
+    def build(self, keys: Tensor, queries: Tensor, positions: Tensor | None = None) -> None:
+        """As TokenIndex.build for keys [R, N, D] in CPU memory; the lifted copy is the index's own."""
+        rows, tokens, dim = keys.shape
+        self.log_u = (1 - torch.rand(rows, tokens, generator=self._generator)).log()
+        self._keys = torch.cat((keys.float(), -(dim**0.5) * self.log_u[..., None]), dim=2)
+        ones = queries.new_ones(()).expand(*queries.shape[:3], 1)
+        self.index.build(self._keys, torch.cat((queries, ones), dim=3), positions)
+
+    def search(self, queries: Tensor, k: int) -> tuple[Sample, SearchResult]:
+        """The sample for queries [R, g, D], k tokens a query head, and what the index answered, best priority first."""
+        dim = queries.shape[2]
+        asked = torch.nn.functional.pad(queries.float(), (0, 1), value=1.0)
+        found = self.index.search(asked, k + 1)
+        priorities = found.scores.cpu() / dim**0.5
+        ids, threshold = found.ids.cpu()[..., :k], priorities[..., k:]
+        logits = priorities[..., :k] + self.log_u[:, None].expand(-1, ids.shape[1], -1).gather(
+            2, ids.clamp(min=0).long()
+        )
+        # log of w / tau; -inf is nobody's, and above 0 the draw was certain.
+        excess = torch.where(ids >= 0, logits - threshold, float("-inf")).flatten(1)
+        kept = SearchResult(ids, found.scores[..., :k], found.keys_scored)
+        return _unite(ids.flatten(1), excess), kept
+
+    @property
+    def nbytes(self) -> int:
+        return self.index.nbytes + self._keys.nbytes + self.log_u.nbytes
+
+
+def _unite(ids: Tensor, excess: Tensor) -> Sample:
+    """ids and excess [R, T] of all heads' draws: each id once, with its largest excess."""
+    by_excess = excess.argsort(dim=1, descending=True, stable=True)
+    ids, excess = ids.gather(1, by_excess), excess.gather(1, by_excess)
+    ids, by_id = ids.sort(dim=1, stable=True)
+    excess = excess.gather(1, by_id)
+    repeated = ids.diff(dim=1, prepend=torch.full_like(ids[:, :1], -2)) == 0
+    return Sample(ids.masked_fill(repeated, -1), (-excess).clamp(min=0).masked_fill(repeated | (ids < 0), 0))

@@ -1,0 +1,124 @@
+"""The tokens of one layer that are not retrieved, estimated by the clusters that they form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attn_hub import WeightedPart
+
+from .clusters import ClusterCounts, cluster_keys
+
+
+class CentroidTail:
+    """Clusters of the indexed tokens of all sequences, from which each query's retrieved tokens are taken away.
+
+    A cluster stands for its members that were not retrieved: their number as weight, their mean value, and as key the
+    mean of all its members. On real traces that kept centroid was as good as the mean key of the rest, or better, and
+    it costs no read of the retrieved keys. Source: RetroInfer's estimation zone (arXiv 2505.02922), with exact
+    bookkeeping of what is attended to otherwise, so that nothing is counted twice.
+
+    centroids [B, Hkv, C, D] in the store's type, value_means [B, Hkv, C, D] float32 (a cluster's sum less most of its
+    members would cancel in a shorter type), sizes [B, Hkv, C] float32, 0 where there is no cluster, all on the layer's
+    device; assignment [B, Hkv, N] int32, the cluster of every indexed token. share: of a sequence's clusters, the best
+    of which are attended to; 1 is all.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        share: float = 1.0,
+    ) -> None:
+        self.share = 1.0
+        self.centroids = torch.zeros(batch_size, kv_heads, 0, head_dim, dtype=dtype, device=device)
+        self.value_means = torch.zeros(batch_size, kv_heads, 0, head_dim, device=device)
+        self.sizes = torch.zeros(batch_size, kv_heads, 0, device=device)
+        self.assignment = torch.zeros(batch_size, kv_heads, 0, dtype=torch.int32, device=device)
+        self.clusters = [0] * batch_size
+
+    def add(self, sequences: slice, keys: Tensor, values: Tensor, counts: ClusterCounts) -> None:
+        """Clusters keys and values [b, Hkv, N, D], any device, of sequences that have none yet; see cluster_keys."""
+        batch, heads, tokens, _ = keys.shape
+        device, number = self.centroids.device, counts.centroids
+        made = cluster_keys(
+            keys.flatten(0, 1).to(device), values.flatten(0, 1).to(device), counts.segments, counts.centroids
+        )
+        self._reserve(number, tokens)
+        means = made.value_sums / made.sizes.clamp(min=1)[..., None]
+        for table, rows in (
+            (self.centroids, made.centroids),
+            (self.value_means, means),
+            (self.sizes, made.sizes),
+            (self.assignment, made.assignment),
+        ):
+            rows = rows.unflatten(0, (batch, heads))
+            table[sequences, :, : rows.shape[2]] = rows.to(table.dtype)
+        self.clusters[sequences] = [number] * batch
+
+    def parts(self, query: Tensor, ids: Tensor, values: Tensor) -> tuple[list[WeightedPart], int]:
+        """The rest of the tokens for query [B, 1, H, D], and how many clusters stand for it.
+
+        ids [B, Hkv, T]: the indexed tokens attended to exactly, none twice, -1 pads; values [B, Hkv, T, D]: theirs, of
+        any content where padded. Parts: clusters as they are, and those of which some members were retrieved.
+        """
+        number = self.sizes.shape[2]
+        retrieved = ids >= 0
+        cluster = self.assignment.gather(2, ids.clamp(min=0).long()).long().masked_fill_(~retrieved, number)
+        cluster, order = cluster.sort(dim=2)
+        # One slot for each cluster that lost members, -1 pads last: [B, Hkv, T].
+        starts = cluster.diff(dim=2, prepend=torch.full_like(cluster[..., :1], -1)) != 0
+        slot = starts.cumsum(2) - 1
+        member = (cluster < number).float()
+        lost = torch.zeros_like(member).scatter_add_(2, slot, member)
+        wide = order[..., None].expand_as(values)
+        rows = values.float().gather(2, wide) * member[..., None]
+        lost_values = torch.zeros_like(rows).scatter_add_(2, slot[..., None].expand_as(rows), rows)
+        touched = torch.full_like(cluster, number).scatter_(2, slot, cluster)
+        used = touched < number
+        at = touched.clamp(max=max(number - 1, 0))
+        sizes = self.sizes.gather(2, at)
+        left = (sizes - lost).masked_fill(~used, 0)
+        means = self.value_means.gather(2, at[..., None].expand_as(rows))
+        means = (means * sizes[..., None] - lost_values) / left.clamp(min=1)[..., None]
+
+        whole = torch.nn.functional.pad(self.sizes, (0, 1)).scatter_(2, cluster, 0)[..., :number]
+        if self.share < 1:
+            chosen = self._chosen(query)
+            whole = whole * chosen
+            left = left * chosen.gather(2, at)
+        keys = self.centroids.gather(2, at[..., None].expand_as(rows))
+        parts = [
+            WeightedPart(self.centroids, self.value_means, None, whole.log(), None),
+            WeightedPart(keys, means, None, left.log(), None),
+        ]
+        return parts, int((whole > 0).sum() + (left > 0).sum())
+
+    def _chosen(self, query: Tensor) -> Tensor:
+        """[B, Hkv, C] bool: the clusters of largest estimated mass, summed over the group's query heads."""
+        batch, heads, _, dim = self.centroids.shape
+        grouped = query.view(batch, heads, -1, dim).float() * dim**-0.5
+        logits = grouped @ self.centroids.float().transpose(2, 3) + self.sizes.log()[:, :, None]
+        mass = logits.softmax(-1).sum(2)
+        rank = mass.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
+        wanted = torch.tensor([round(count * self.share) for count in self.clusters], device=rank.device)
+        return rank < wanted[:, None, None]
+
+    def _reserve(self, clusters: int, tokens: int) -> None:
+        for name, wanted in (
+            ("centroids", clusters),
+            ("value_means", clusters),
+            ("sizes", clusters),
+            ("assignment", tokens),
+        ):
+            table: Tensor = getattr(self, name)
+            if wanted > table.shape[2]:
+                more = table.new_zeros(*table.shape[:2], wanted - table.shape[2], *table.shape[3:])
+                setattr(self, name, torch.cat((table, more), 2))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(table.nbytes for table in (self.centroids, self.value_means, self.sizes, self.assignment))

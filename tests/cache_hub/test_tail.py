@@ -1,0 +1,155 @@
+"""The centroid tail against a plain evaluation of its definition, and its limits."""
+
+import pytest
+import torch
+
+from attn_hub.reference import partial_attention, reference_weighted_decode_attention
+from cache_hub.clusters import ClusterCounts
+from cache_hub.tail import CentroidTail
+
+
+def make(
+    rows: tuple[int, int], n: int, dim: int, clusters: int, seed: int = 0
+) -> tuple[CentroidTail, torch.Tensor, torch.Tensor]:
+    """A tail over random keys and values [B, Hkv, n, D]."""
+    torch.manual_seed(seed)
+    keys, values = torch.randn(*rows, n, dim), torch.randn(*rows, n, dim)
+    tail = CentroidTail(*rows, dim, torch.float32, torch.device("cpu"))
+    tail.add(slice(0, rows[0]), keys, values, ClusterCounts(1, clusters, 0, 0))
+    return tail, keys, values
+
+
+def some_ids(rows: tuple[int, int], n: int, count: int) -> torch.Tensor:
+    """[B, Hkv, count + 2] int32: distinct ids in any order, pads among them."""
+    ids = torch.stack([torch.randperm(n)[:count] for _ in range(rows[0] * rows[1])]).view(*rows, count)
+    pads = torch.full((*rows, 1), -1)
+    return torch.cat((pads, ids, pads), 2).int()
+
+
+def rows_at(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return states.take_along_dim(ids.clamp(min=0).long()[..., None], 2)
+
+
+def plain(
+    tail: CentroidTail, query: torch.Tensor, values: torch.Tensor, ids: torch.Tensor, lengths: list[int] | None = None
+) -> torch.Tensor:
+    """Attention over what is left of every cluster, one by one, in float64: [B, 1, H, D]. lengths: of the sequences."""
+    batch, heads = tail.sizes.shape[:2]
+    group, dim = query.shape[2] // heads, query.shape[3]
+    out = torch.zeros(query.shape, dtype=torch.float64)
+    for b in range(batch):
+        for head in range(query.shape[2]):
+            gone = set(ids[b, head // group].tolist())
+            weights, means = [], []
+            for cluster in range(tail.clusters[b]):
+                assignment = tail.assignment[b, head // group, : lengths[b] if lengths else None]
+                members = (assignment == cluster).nonzero().flatten().tolist()
+                left = [token for token in members if token not in gone]
+                if left:
+                    logit = query[b, 0, head].double() @ tail.centroids[b, head // group, cluster].double() / dim**0.5
+                    weights.append(len(left) * logit.exp())
+                    means.append(values[b, head // group, left].double().mean(0))
+            share = torch.stack(weights) / sum(weights)
+            out[b, 0, head] = share @ torch.stack(means)
+    return out
+
+
+@pytest.mark.parametrize(("rows", "n", "group", "dim", "clusters", "retrieved"), [
+    ((1, 1), 63, 1, 64, 8, 0),
+    ((2, 2), 127, 3, 64, 8, 40),
+    ((1, 2), 97, 4, 128, 16, 90),
+])  # fmt: skip
+def test_parts_are_the_clusters_less_what_was_retrieved(
+    rows: tuple[int, int], n: int, group: int, dim: int, clusters: int, retrieved: int
+) -> None:
+    tail, _, values = make(rows, n, dim, clusters)
+    ids = some_ids(rows, n, retrieved)
+    query = torch.randn(rows[0], 1, rows[1] * group, dim)
+    parts, count = tail.parts(query, ids, rows_at(values, ids))
+    expected = plain(tail, query, values, ids)
+    torch.testing.assert_close(
+        reference_weighted_decode_attention(query, parts).double(), expected, atol=1e-5, rtol=1e-5
+    )
+    gone = torch.zeros(*rows, n).scatter_add_(2, ids.clamp(min=0).long(), (ids >= 0).float())
+    left = torch.zeros(tail.sizes.shape).scatter_add_(2, tail.assignment.long(), 1 - gone)
+    assert count == int((left > 0).sum())
+    tokens = sum(part.log_weights.exp().sum() for part in parts)
+    assert round(float(tokens)) == rows[0] * rows[1] * (n - retrieved)
+
+
+def test_nothing_is_left_where_everything_is_retrieved() -> None:
+    tail, _, values = make((1, 2), 50, 64, 8)
+    ids = torch.arange(50).expand(1, 2, 50).int()
+    parts, count = tail.parts(torch.randn(1, 1, 6, 64), ids, values)
+    assert count == 0
+    assert all(bool((part.log_weights == float("-inf")).all()) for part in parts)
+
+
+def test_clusters_of_one_token_are_exact_whatever_is_retrieved() -> None:
+    tail, keys, values = make((1, 1), 40, 64, 40)
+    # Every key its own centroid: the k-means may still have put two together.
+    tail.assignment = torch.arange(40).view(1, 1, 40).int()
+    tail.centroids, tail.value_means, tail.sizes = keys.clone(), values.clone(), torch.ones(1, 1, 40)
+    query, ids = torch.randn(1, 1, 3, 64), some_ids((1, 1), 40, 11)
+    kept = [token for token in range(40) if token not in set(ids.flatten().tolist())]
+    parts, _ = tail.parts(query, ids, rows_at(values, ids))
+    expected = (query[0, 0] @ keys[0, 0, kept].T / 8).softmax(-1) @ values[0, 0, kept]
+    torch.testing.assert_close(reference_weighted_decode_attention(query, parts)[0, 0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_equal_keys_are_exact_whatever_is_retrieved() -> None:
+    tail, _, values = make((1, 1), 40, 64, 8)
+    keys = torch.randn(64).expand(1, 1, 40, 64)
+    tail.add(slice(0, 1), keys, values, ClusterCounts(1, 8, 0, 0))
+    query, ids = torch.randn(1, 1, 3, 64), some_ids((1, 1), 40, 11)
+    kept = [token for token in range(40) if token not in set(ids.flatten().tolist())]
+    parts, _ = tail.parts(query, ids, rows_at(values, ids))
+    expected = values[0, 0, kept].mean(0).expand(3, 64)
+    torch.testing.assert_close(reference_weighted_decode_attention(query, parts)[0, 0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_estimated_mass_is_a_lower_bound() -> None:
+    """Jensen: a cluster weighs as if all its members had their mean logit."""
+    tail, keys, values = make((1, 1), 300, 64, 16)
+    query, ids = 3 * torch.randn(1, 1, 3, 64), torch.full((1, 1, 5), -1, dtype=torch.int32)
+    parts, _ = tail.parts(query, ids, rows_at(values, ids))
+    estimated = torch.stack([partial_attention(query, part)[1] for part in parts]).logsumexp(0)
+    assert bool((estimated <= (query[0, 0] @ keys[0, 0].T / 8).logsumexp(-1) + 1e-5).all())
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 4), (1.0, 16)])
+def test_a_share_of_the_clusters_is_the_one_of_largest_mass(share: float, expected: int) -> None:
+    tail, _, values = make((1, 1), 300, 64, 16)
+    tail.share = share
+    query, ids = torch.randn(1, 1, 1, 64), some_ids((1, 1), 300, 20)
+    parts, count = tail.parts(query, ids, rows_at(values, ids))
+    assert count == expected
+    mass = tail.sizes[0, 0].log() + tail.centroids[0, 0] @ query[0, 0, 0] / 8
+    best = set(mass.topk(expected).indices.tolist())
+    touched = set(tail.assignment[0, 0, ids[ids >= 0].long()].tolist())
+    whole = {i for i, weight in enumerate(parts[0].log_weights[0, 0].tolist()) if weight > float("-inf")}
+    assert whole == best - touched
+
+
+def test_sequences_of_different_lengths_keep_their_clusters_apart() -> None:
+    torch.manual_seed(0)
+    tail = CentroidTail(2, 1, 64, torch.float32, torch.device("cpu"))
+    long, short = torch.randn(2, 1, 1, 200, 64), torch.randn(2, 1, 1, 50, 64)
+    tail.add(slice(1, 2), long[0], long[1], ClusterCounts(1, 16, 0, 0))
+    tail.add(slice(0, 1), short[0], short[1], ClusterCounts(1, 8, 0, 0))
+    ids = torch.tensor([[[3, 7, -1]], [[199, 0, 5]]], dtype=torch.int32)
+    values = torch.stack((torch.nn.functional.pad(short[1, 0], (0, 0, 0, 150)), long[1, 0]))
+    query = torch.randn(2, 1, 3, 64)
+    parts, _ = tail.parts(query, ids, rows_at(values, ids))
+    expected = plain(tail, query, values, ids, [50, 200])
+    torch.testing.assert_close(
+        reference_weighted_decode_attention(query, parts).double(), expected, atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_bytes_are_at_most_an_eighth_of_a_bfloat16_store(dim: int) -> None:
+    tail = CentroidTail(1, 1, dim, torch.bfloat16, torch.device("cpu"))
+    keys = torch.randn(1, 1, 4096, dim).bfloat16()
+    tail.add(slice(0, 1), keys, keys, ClusterCounts.for_length(4096, 0, 0))
+    assert tail.nbytes <= 2 * keys.nbytes / 8
