@@ -15,7 +15,6 @@ from attn_hub import WeightedPart, weighted_decode_attention
 from config import ESTIMATIONS
 
 from .cache import KV_Cache
-from .clusters import ClusterCounts
 from .diagnosis import agreement_with_exact, unite
 from .index import TokenIndex
 from .lift import SoftmaxLift
@@ -27,6 +26,10 @@ if TYPE_CHECKING:
     from config import RetroInferConfig
 
 
+# Of the prompt, each query head's: what the queries to come are taken to resemble.
+_LATE_QUERIES = 512
+
+
 @dataclass
 class _Indexed:
     """The index of the sequences of one prefill call, and its sampler where there is one; their rows are
@@ -36,6 +39,7 @@ class _Indexed:
     count: int
     index: TokenIndex
     lift: SoftmaxLift | None
+    query_moment: Tensor  # [count * Hkv, D, D], see CentroidTail.add
 
 
 class TokenIndexCache(KV_Cache):
@@ -163,7 +167,7 @@ class TokenIndexCache(KV_Cache):
             )
 
     def sync(self, layer_idx: int, start_bdx: int) -> None:
-        """Builds the layer's index over the sequences stored last; nothing is kept of their queries."""
+        """Builds the layer's index over the sequences stored last; of their queries only the second moment is kept."""
         if self._pending is None:
             return
         q, self._pending = self._pending, None
@@ -178,9 +182,11 @@ class TokenIndexCache(KV_Cache):
         lift = SoftmaxLift(index, self._draws) if self.estimation == "softmax_lift" else None
         with self.stats.timed("build"):
             (lift or index).build(keys, queries.reshape(rows, self.group_size, length, self.head_dim), positions)
+            late = queries[..., -_LATE_QUERIES:, :].reshape(rows, -1, self.head_dim).float()
+            query_moment = late.transpose(1, 2) @ late / late.shape[1]
         for stage, seconds in index.build_seconds.items():
             self.stats.seconds[stage] += seconds
-        self._groups[layer_idx].append(_Indexed(start_bdx, count, index, lift))
+        self._groups[layer_idx].append(_Indexed(start_bdx, count, index, lift, query_moment))
 
     def prepare_cache(self) -> None:
         """Makes the clusters that stand for the rest, where they do."""
@@ -201,11 +207,8 @@ class TokenIndexCache(KV_Cache):
         for group in self._groups[layer_idx]:
             sequences, length = slice(group.start, group.start + group.count), self.prompt_lengths[group.start]
             indexed = self.indexed_range(length)
-            counts = ClusterCounts.for_length(length, 0, 0)
-            if counts.centroids > len(indexed) // counts.segments * counts.segments:
-                counts = ClusterCounts(1, len(indexed), 0, 0)
             tokens = (sequences, slice(None), slice(indexed.start, indexed.stop))
-            tail.add(sequences, self._keys[layer_idx][tokens], self._values[layer_idx][tokens], counts)
+            tail.add(sequences, self._keys[layer_idx][tokens], self._values[layer_idx][tokens], group.query_moment)
         return tail
 
     def decode_update_kv_cache(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:

@@ -7,7 +7,12 @@ from torch import Tensor
 
 from attn_hub import WeightedPart
 
-from .clusters import ClusterCounts, cluster_keys
+from .clusters import cluster_keys
+
+# Of a cluster, on average: centroids and mean values in the store's type then are less than an eighth of its bytes.
+TOKENS_PER_CLUSTER = 10
+_TOKENS_PER_SEGMENT = 8192
+_ITERATIONS = 5
 
 
 class CentroidTail:
@@ -15,13 +20,13 @@ class CentroidTail:
 
     A cluster stands for its members that were not retrieved: their number as weight, their mean value, and as key the
     mean of all its members. On real traces that kept centroid was as good as the mean key of the rest, or better, and
-    it costs no read of the retrieved keys. Source: RetroInfer's estimation zone (arXiv 2505.02922), with exact
-    bookkeeping of what is attended to otherwise, so that nothing is counted twice.
+    it costs no read of the retrieved keys. The clusters are those of keys that the prompt's last queries can hardly
+    tell apart. Source: RetroInfer's estimation zone (arXiv 2505.02922); the metric, and the exact bookkeeping of what
+    is attended to otherwise, are ours.
 
-    centroids [B, Hkv, C, D] in the store's type, value_means [B, Hkv, C, D] float32 (a cluster's sum less most of its
-    members would cancel in a shorter type), sizes [B, Hkv, C] float32, 0 where there is no cluster, all on the layer's
-    device; assignment [B, Hkv, N] int32, the cluster of every indexed token. share: of a sequence's clusters, the best
-    of which are attended to; 1 is all.
+    centroids, value_means [B, Hkv, C, D] in the store's type, sizes [B, Hkv, C] float32, 0 where there is no cluster,
+    all on the layer's device; assignment [B, Hkv, N] int32, the cluster of every indexed token. share: of a sequence's
+    clusters, the best of which are attended to; 1 is all.
     """
 
     def __init__(
@@ -35,27 +40,30 @@ class CentroidTail:
     ) -> None:
         self.share = 1.0
         self.centroids = torch.zeros(batch_size, kv_heads, 0, head_dim, dtype=dtype, device=device)
-        self.value_means = torch.zeros(batch_size, kv_heads, 0, head_dim, device=device)
+        self.value_means = torch.zeros_like(self.centroids)
         self.sizes = torch.zeros(batch_size, kv_heads, 0, device=device)
         self.assignment = torch.zeros(batch_size, kv_heads, 0, dtype=torch.int32, device=device)
         self.clusters = [0] * batch_size
 
-    def add(self, sequences: slice, keys: Tensor, values: Tensor, counts: ClusterCounts) -> None:
-        """Clusters keys and values [b, Hkv, N, D], any device, of sequences that have none yet; see cluster_keys."""
+    def add(self, sequences: slice, keys: Tensor, values: Tensor, query_moment: Tensor) -> None:
+        """Clusters keys and values [b, Hkv, N, D], any device, of sequences that have none yet.
+
+        query_moment [b * Hkv, D, D]: the mean of q q^T over queries like those to come; see cluster_keys.
+        """
         batch, heads, tokens, _ = keys.shape
-        device, number = self.centroids.device, counts.centroids
-        made = cluster_keys(
-            keys.flatten(0, 1).to(device), values.flatten(0, 1).to(device), counts.segments, counts.centroids
-        )
+        device, segments = self.centroids.device, max(round(tokens / _TOKENS_PER_SEGMENT), 1)
+        number = max(tokens // (TOKENS_PER_CLUSTER * segments), 1) * segments
+        there = keys.flatten(0, 1).to(device), values.flatten(0, 1).to(device)
+        made = cluster_keys(*there, segments, number, _ITERATIONS, query_moment.to(device))
         self._reserve(number, tokens)
         means = made.value_sums / made.sizes.clamp(min=1)[..., None]
-        for table, rows in (
+        for table, made_of in (
             (self.centroids, made.centroids),
             (self.value_means, means),
             (self.sizes, made.sizes),
             (self.assignment, made.assignment),
         ):
-            rows = rows.unflatten(0, (batch, heads))
+            rows = made_of.unflatten(0, (batch, heads))
             table[sequences, :, : rows.shape[2]] = rows.to(table.dtype)
         self.clusters[sequences] = [number] * batch
 
@@ -82,7 +90,7 @@ class CentroidTail:
         at = touched.clamp(max=max(number - 1, 0))
         sizes = self.sizes.gather(2, at)
         left = (sizes - lost).masked_fill(~used, 0)
-        means = self.value_means.gather(2, at[..., None].expand_as(rows))
+        means = self.value_means.gather(2, at[..., None].expand_as(rows)).float()
         means = (means * sizes[..., None] - lost_values) / left.clamp(min=1)[..., None]
 
         whole = torch.nn.functional.pad(self.sizes, (0, 1)).scatter_(2, cluster, 0)[..., :number]

@@ -174,3 +174,39 @@ def test_what_is_retrieved_is_not_estimated(budgets: tuple[float, float], expect
 def test_bad_length_or_budget(arguments: tuple[int, float, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClusterCounts.for_length(*arguments)
+
+
+def kmeans_by_queries(keys: np.ndarray, moment: np.ndarray, clusters: int, iterations: int) -> np.ndarray:
+    """The assignment of k-means under x^T M x in float64, its first centroids evenly spaced keys: [n]."""
+    centroids = keys[[int((i + 0.5) * len(keys) / clusters) for i in range(clusters)]]
+    for _ in range(iterations):
+        gaps = keys[:, None] - centroids
+        nearest = np.einsum("ncd,de,nce->nc", gaps, moment, gaps).argmin(1)
+        means = [keys[nearest == c].mean(0) if (nearest == c).any() else centroids[c] for c in range(clusters)]
+        centroids = np.stack(means)
+    return nearest
+
+
+def test_clusters_by_queries_are_plain_k_means_under_their_metric() -> None:
+    rng = np.random.default_rng(0)
+    keys, queries = rng.normal(size=(300, 16)) + 2, rng.normal(size=(50, 16)) * np.linspace(0.1, 3, 16)
+    moment = queries.T @ queries / 50
+    keys_, moment_ = torch.from_numpy(keys).float()[None], torch.from_numpy(moment).float()[None]
+    made = cluster_keys(keys_, keys_, 1, 20, 6, moment_)
+    expected = kmeans_by_queries(keys, moment, 20, 6)
+    assert (made.assignment[0].numpy() == expected).mean() > 0.99
+    filled = made.sizes[0] > 0
+    means = torch.stack([keys_[0, made.assignment[0] == c].mean(0) for c in filled.nonzero().flatten().tolist()])
+    torch.testing.assert_close(made.centroids[0, filled], means)
+
+
+def test_logits_vary_less_inside_clusters_by_queries() -> None:
+    torch.manual_seed(0)
+    keys, queries = torch.randn(1, 2000, 32), torch.randn(400, 32) * torch.linspace(0.05, 2, 32)
+    moment = (queries.T @ queries / len(queries))[None]
+    spread = {}
+    for name, metric in (("spherical", None), ("queries", moment)):
+        made = cluster_keys(keys, keys, 1, 100, 6, metric)
+        gaps = keys[0] - made.centroids[0, made.assignment[0].long()]
+        spread[name] = float((gaps @ queries.T).square().mean())
+    assert spread["queries"] < 0.8 * spread["spherical"]

@@ -4,19 +4,21 @@ import pytest
 import torch
 
 from attn_hub.reference import partial_attention, reference_weighted_decode_attention
-from cache_hub.clusters import ClusterCounts
 from cache_hub.tail import CentroidTail
 
 
-def make(
-    rows: tuple[int, int], n: int, dim: int, clusters: int, seed: int = 0
-) -> tuple[CentroidTail, torch.Tensor, torch.Tensor]:
+def make(rows: tuple[int, int], n: int, dim: int) -> tuple[CentroidTail, torch.Tensor, torch.Tensor]:
     """A tail over random keys and values [B, Hkv, n, D]."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     keys, values = torch.randn(*rows, n, dim), torch.randn(*rows, n, dim)
     tail = CentroidTail(*rows, dim, torch.float32, torch.device("cpu"))
-    tail.add(slice(0, rows[0]), keys, values, ClusterCounts(1, clusters, 0, 0))
+    tail.add(slice(0, rows[0]), keys, values, moment(rows[0] * rows[1], dim))
     return tail, keys, values
+
+
+def moment(rows: int, dim: int) -> torch.Tensor:
+    queries = torch.randn(rows, 2 * dim, dim)
+    return queries.transpose(1, 2) @ queries / queries.shape[1]
 
 
 def some_ids(rows: tuple[int, int], n: int, count: int) -> torch.Tensor:
@@ -54,15 +56,14 @@ def plain(
     return out
 
 
-@pytest.mark.parametrize(("rows", "n", "group", "dim", "clusters", "retrieved"), [
-    ((1, 1), 63, 1, 64, 8, 0),
-    ((2, 2), 127, 3, 64, 8, 40),
-    ((1, 2), 97, 4, 128, 16, 90),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "n", "group", "dim", "retrieved"),
+    [((1, 1), 1, 1, 64, 0), ((1, 1), 63, 1, 64, 0), ((2, 2), 127, 3, 64, 40), ((1, 2), 97, 4, 128, 90)],
+)
 def test_parts_are_the_clusters_less_what_was_retrieved(
-    rows: tuple[int, int], n: int, group: int, dim: int, clusters: int, retrieved: int
+    rows: tuple[int, int], n: int, group: int, dim: int, retrieved: int
 ) -> None:
-    tail, _, values = make(rows, n, dim, clusters)
+    tail, _, values = make(rows, n, dim)
     ids = some_ids(rows, n, retrieved)
     query = torch.randn(rows[0], 1, rows[1] * group, dim)
     parts, count = tail.parts(query, ids, rows_at(values, ids))
@@ -78,7 +79,7 @@ def test_parts_are_the_clusters_less_what_was_retrieved(
 
 
 def test_nothing_is_left_where_everything_is_retrieved() -> None:
-    tail, _, values = make((1, 2), 50, 64, 8)
+    tail, _, values = make((1, 2), 50, 64)
     ids = torch.arange(50).expand(1, 2, 50).int()
     parts, count = tail.parts(torch.randn(1, 1, 6, 64), ids, values)
     assert count == 0
@@ -86,10 +87,9 @@ def test_nothing_is_left_where_everything_is_retrieved() -> None:
 
 
 def test_clusters_of_one_token_are_exact_whatever_is_retrieved() -> None:
-    tail, keys, values = make((1, 1), 40, 64, 40)
-    # Every key its own centroid: the k-means may still have put two together.
+    tail, keys, values = make((1, 1), 40, 64)
     tail.assignment = torch.arange(40).view(1, 1, 40).int()
-    tail.centroids, tail.value_means, tail.sizes = keys.clone(), values.clone(), torch.ones(1, 1, 40)
+    tail.centroids, tail.value_means, tail.sizes = keys, values, torch.ones(1, 1, 40)
     query, ids = torch.randn(1, 1, 3, 64), some_ids((1, 1), 40, 11)
     kept = [token for token in range(40) if token not in set(ids.flatten().tolist())]
     parts, _ = tail.parts(query, ids, rows_at(values, ids))
@@ -98,9 +98,9 @@ def test_clusters_of_one_token_are_exact_whatever_is_retrieved() -> None:
 
 
 def test_equal_keys_are_exact_whatever_is_retrieved() -> None:
-    tail, _, values = make((1, 1), 40, 64, 8)
+    tail, _, values = make((1, 1), 40, 64)
     keys = torch.randn(64).expand(1, 1, 40, 64)
-    tail.add(slice(0, 1), keys, values, ClusterCounts(1, 8, 0, 0))
+    tail.add(slice(0, 1), keys, values, moment(1, 64))
     query, ids = torch.randn(1, 1, 3, 64), some_ids((1, 1), 40, 11)
     kept = [token for token in range(40) if token not in set(ids.flatten().tolist())]
     parts, _ = tail.parts(query, ids, rows_at(values, ids))
@@ -110,16 +110,16 @@ def test_equal_keys_are_exact_whatever_is_retrieved() -> None:
 
 def test_the_estimated_mass_is_a_lower_bound() -> None:
     """Jensen: a cluster weighs as if all its members had their mean logit."""
-    tail, keys, values = make((1, 1), 300, 64, 16)
+    tail, keys, values = make((1, 1), 300, 64)
     query, ids = 3 * torch.randn(1, 1, 3, 64), torch.full((1, 1, 5), -1, dtype=torch.int32)
     parts, _ = tail.parts(query, ids, rows_at(values, ids))
     estimated = torch.stack([partial_attention(query, part)[1] for part in parts]).logsumexp(0)
     assert bool((estimated <= (query[0, 0] @ keys[0, 0].T / 8).logsumexp(-1) + 1e-5).all())
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.25, 4), (1.0, 16)])
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.2, 6), (1.0, 30)])
 def test_a_share_of_the_clusters_is_the_one_of_largest_mass(share: float, expected: int) -> None:
-    tail, _, values = make((1, 1), 300, 64, 16)
+    tail, _, values = make((1, 1), 300, 64)
     tail.share = share
     query, ids = torch.randn(1, 1, 1, 64), some_ids((1, 1), 300, 20)
     parts, count = tail.parts(query, ids, rows_at(values, ids))
@@ -135,8 +135,8 @@ def test_sequences_of_different_lengths_keep_their_clusters_apart() -> None:
     torch.manual_seed(0)
     tail = CentroidTail(2, 1, 64, torch.float32, torch.device("cpu"))
     long, short = torch.randn(2, 1, 1, 200, 64), torch.randn(2, 1, 1, 50, 64)
-    tail.add(slice(1, 2), long[0], long[1], ClusterCounts(1, 16, 0, 0))
-    tail.add(slice(0, 1), short[0], short[1], ClusterCounts(1, 8, 0, 0))
+    tail.add(slice(1, 2), long[0], long[1], moment(1, 64))
+    tail.add(slice(0, 1), short[0], short[1], moment(1, 64))
     ids = torch.tensor([[[3, 7, -1]], [[199, 0, 5]]], dtype=torch.int32)
     values = torch.stack((torch.nn.functional.pad(short[1, 0], (0, 0, 0, 150)), long[1, 0]))
     query = torch.randn(2, 1, 3, 64)
@@ -151,5 +151,5 @@ def test_sequences_of_different_lengths_keep_their_clusters_apart() -> None:
 def test_bytes_are_at_most_an_eighth_of_a_bfloat16_store(dim: int) -> None:
     tail = CentroidTail(1, 1, dim, torch.bfloat16, torch.device("cpu"))
     keys = torch.randn(1, 1, 4096, dim).bfloat16()
-    tail.add(slice(0, 1), keys, keys, ClusterCounts.for_length(4096, 0, 0))
+    tail.add(slice(0, 1), keys, keys, moment(1, dim))
     assert tail.nbytes <= 2 * keys.nbytes / 8
