@@ -66,10 +66,10 @@ class GraphConfig(Section):
         description="prompt queries per block of the exact neighbour search. 4096 float32 score rows over 131,072 keys "
         "are 2 GiB, the bound on what a block needs",
     )
-    knn_backend: Literal["auto", "faiss", "torch"] = Field(
+    knn_backend: Literal["auto", "faiss", "triton", "torch"] = Field(
         default="auto",
-        description="what runs the exact neighbour search. auto takes torch where the keys are on a GPU, which "
-        "faiss-cpu cannot read, and faiss elsewhere",
+        description="what runs the exact neighbour search. auto takes triton where the states are on a GPU, which "
+        "faiss-cpu cannot read, and faiss elsewhere; torch, a plain product and top-k, runs on both",
     )
     estimation: Estimation = Field(
         default="centroid",

@@ -25,16 +25,20 @@ _CHUNK = 32
 
 
 def choose_backend(name: str, device: torch.device) -> str:
-    """ "faiss" (CPU) or "torch" (matmul and top-k on the states' device); "auto" is faiss on a CPU, torch on a GPU.
+    """ "faiss" (CPU), "triton" (GPU) or "torch" (matmul and top-k on the states' device); "auto" is faiss on a CPU and
+    triton on a GPU.
 
-    Raises ValueError for another name, or faiss for states on a GPU.
+    Raises ValueError for another name, or one that does not work on the device.
     """
+    fitting = "faiss" if device.type == "cpu" else "triton"
     if name == "auto":
-        return "faiss" if device.type == "cpu" else "torch"
-    if name not in ("faiss", "torch"):
-        raise ValueError(f"knn_backend: got {name!r}, allowed: 'auto', 'faiss', 'torch'")
-    if name == "faiss" and device.type != "cpu":
-        raise ValueError(f"knn_backend: got 'faiss' for states on {device}, allowed there: 'auto', 'torch'")
+        return fitting
+    if name not in ("faiss", "triton", "torch"):
+        raise ValueError(f"knn_backend: got {name!r}, allowed: 'auto', 'faiss', 'triton', 'torch'")
+    if name not in (fitting, "torch"):
+        raise ValueError(
+            f"knn_backend: got {name!r} for states on {device}, allowed there: 'auto', {fitting!r}, 'torch'"
+        )
     return name
 
 
@@ -52,18 +56,23 @@ def causal_knn(
     keys [R, N, D], queries [R, g, M, D] (any float dtype; computed in float32 on the queries' device), positions [M]
     as in TokenIndex.build. Returns [R, g, M, k] int32 on the queries' device, best first, -1 pads. A thread works on
     `block` queries at a time; beside them it holds their lists, and with the torch backend their scores, block x N.
+    triton takes eight times `block`, for which it holds a quarter of that.
     """
     rows, n, _ = keys.shape
     group, m = queries.shape[1:3]
     device = queries.device
-    causal = _causal_faiss if choose_backend(backend, device) == "faiss" else _causal_torch
+    chosen = choose_backend(backend, device)
+    causal = {"faiss": _causal_faiss, "triton": _causal_triton, "torch": _causal_torch}[chosen]
     visible = torch.full((m,), n) if positions is None else (positions.cpu() + 1).clamp(0, n)
-    keys = keys.to(device, torch.float32).contiguous()
+    exact_in_short = chosen == "triton" and keys.dtype == queries.dtype
+    dtype = keys.dtype if exact_in_short else torch.float32
+    block = 8 * block if chosen == "triton" else block
+    keys = keys.to(device, dtype).contiguous()
     lists = torch.empty(rows, group, m, k, dtype=torch.int32, device=device)
 
     def work(r: int, h: int, begin: int) -> None:
         part = slice(begin, min(begin + block, m))
-        lists[r, h, part] = causal(keys[r], queries[r, h, part].float().contiguous(), visible[part], k)
+        lists[r, h, part] = causal(keys[r], queries[r, h, part].to(dtype).contiguous(), visible[part], k)
 
     tasks = [(r, h, begin) for r in range(rows) for h in range(group) for begin in range(0, m, block)]
     in_parallel(work, tasks, device, num_threads)
@@ -80,13 +89,14 @@ def key_knn(keys: Tensor, k: int, block: int = 4096, backend: str = "auto", num_
     lists = torch.empty(rows, n, k, dtype=torch.int32, device=keys.device)
     if k == 0:
         return lists
-    faiss = choose_backend(backend, keys.device) == "faiss"
-    nearest, block = (_nearest_faiss, min(block, _KEY_BLOCK)) if faiss else (_nearest_torch, block)
+    chosen = choose_backend(backend, keys.device)
+    nearest = {"faiss": _nearest_faiss, "triton": _nearest_triton, "torch": _nearest_torch}[chosen]
+    block = {"faiss": min(block, _KEY_BLOCK), "triton": 8 * block, "torch": block}[chosen]
     centred = normalize((keys.float() - keys.float().mean(1, keepdim=True)), dim=2).contiguous()
 
     def work(r: int, begin: int) -> None:
         part = torch.arange(begin, min(begin + block, n), device=keys.device)
-        ids = nearest(centred[r], centred[r, part], k + 1)[1]
+        ids = nearest(centred[r], centred[r, part], k + 1)
         # A key is its own neighbour; among exact duplicates it may not be the first, or not even listed.
         keep = ids != part[:, None]
         keep[:, -1] &= ~keep.all(dim=1)
@@ -144,7 +154,7 @@ def _pool(workers: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def _nearest_faiss(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _faiss_topk(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Scores [m, k] float32 and ids [m, k] int64 of the nearest of keys [n, D], k <= n, for queries [m, D]."""
     import faiss
 
@@ -152,9 +162,29 @@ def _nearest_faiss(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tenso
     return torch.from_numpy(scores), torch.from_numpy(ids.astype(np.int64, copy=False))
 
 
-def _nearest_torch(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _nearest_faiss(keys: Tensor, queries: Tensor, k: int) -> Tensor:
+    """Ids [m, k] of the nearest of keys [n, D], k <= n, for queries [m, D], float32."""
+    return _faiss_topk(keys, queries, k)[1]
+
+
+def _nearest_torch(keys: Tensor, queries: Tensor, k: int) -> Tensor:
     """As _nearest_faiss, on any device."""
-    return _chunked_topk(queries, keys, len(keys), k)
+    return _chunked_topk(queries, keys, len(keys), k)[1]
+
+
+def _nearest_triton(keys: Tensor, queries: Tensor, k: int) -> Tensor:
+    """As _nearest_faiss, on a GPU."""
+    return _causal_triton(keys, queries, torch.full((len(queries),), len(keys)), k)
+
+
+def _causal_triton(keys: Tensor, queries: Tensor, visible: Tensor, k: int) -> Tensor:
+    """As _causal_torch, for keys and queries of one dtype."""
+    from .streaming_topk import streaming_topk  # Triton only where it is used
+
+    seen = int(visible[-1])
+    if not seen:
+        return torch.full((len(queries), k), -1, dtype=torch.int32, device=keys.device)
+    return streaming_topk(keys[:seen], queries, visible.to(keys.device, torch.int32), k)
 
 
 def _causal_torch(keys: Tensor, queries: Tensor, visible: Tensor, k: int) -> Tensor:
@@ -197,7 +227,7 @@ def _causal_faiss(keys: Tensor, queries: Tensor, visible: Tensor, k: int) -> Ten
         shared = int(counts[begin])
         if shared:
             width = min(k, shared)
-            best, found = _nearest_faiss(keys[:shared], queries[stair], width)
+            best, found = _faiss_topk(keys[:shared], queries[stair], width)
             scores[stair, :width] = best
             ids[stair, :width] = found.int()
         _native.extend(

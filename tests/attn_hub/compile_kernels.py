@@ -8,6 +8,7 @@ from triton.compiler import ASTSource
 from attn_hub.kernels.copy_rows import copy_rows_kernel
 from attn_hub.kernels.weighted_decode import attend_rows_kernel, merge_splits_kernel
 from cache_hub.index.projection import prune_fill_kernel
+from cache_hub.index.streaming_topk import chunk_maxima_kernel, chunk_scores_kernel
 
 # Shared memory of one program: sm_86 and sm_89 have 99 KiB, the least of all GPUs since Ampere.
 SHARED_MEMORY_LIMIT = 99 * 1024
@@ -45,3 +46,11 @@ if __name__ == "__main__":
     prune_types = {"keys": "*bf16", "candidates": "*i64", "scores": "*fp32", "begin": "*i64", "links": "*i32"}
     for capability in (80, 90):
         compile_kernel(prune_fill_kernel, capability, prune_types, {"BLOCK_W": 16, "BLOCK_D": 128})
+        for dtype, tile in (("*bf16", 128), ("*fp32", 64)):
+            types = {"queries": dtype, "keys": dtype, "visible": "*i32"}
+            tiles = {"BLOCK_D": 128, "CHUNK": 32}
+            compute = {"*bf16": tl.bfloat16, "*fp32": tl.float32}[dtype]
+            maxima = {"BLOCK_M": tile, "BLOCK_N": tile, "COMPUTE": compute, **tiles}
+            compile_kernel(chunk_maxima_kernel, capability, types | {"maxima": "*fp32"}, maxima)
+            runs = types | {"chunks": "*i32", "scores": "*fp32"}
+            compile_kernel(chunk_scores_kernel, capability, runs, {"BLOCK_C": 128, **tiles})

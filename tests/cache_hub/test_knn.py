@@ -78,5 +78,5 @@ def test_exact_topk_pads_when_k_exceeds_the_keys() -> None:
 
 
 def test_unknown_backend_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"knn_backend: got 'annoy', allowed: 'auto', 'faiss', 'torch'"):
+    with pytest.raises(ValueError, match=r"knn_backend: got 'annoy', allowed: 'auto', 'faiss', 'triton', 'torch'"):
         causal_knn(torch.randn(1, 4, 64), torch.randn(1, 1, 4, 64), None, 2, backend="annoy")

@@ -1,42 +1,9 @@
 """The projection for GPUs makes the graph that the native code makes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-KERNEL = (
-    pytest.param("cuda", marks=pytest.mark.gpu, id="compiled")
-    if torch.cuda.is_available()
-    else pytest.param(
-        "cpu",
-        marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by a process of its own"),
-        id="interpreted",
-    )
-)
 
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compiled where there is a GPU")
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process is the interpreter's")
-def test_the_kernel_in_the_interpreter() -> None:
-    """The interpreter must be chosen before Triton is imported, which other tests do."""
-    pytest.importorskip("triton")
-    file = Path(__file__)
-    root = file.parents[2]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", str(file), "-k", "interpreted", "-q", "-p", "no:cacheprovider"],
-        cwd=root,
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-10_000:] + run.stderr
-
-
-@pytest.mark.parametrize("device", [KERNEL])
 @pytest.mark.parametrize(
     ("n", "group", "dim", "key_links"), [(1, 1, 64, 4), (2, 3, 64, 4), (63, 4, 128, 4), (97, 3, 80, 0), (120, 3, 64, 8)]
 )

@@ -67,7 +67,7 @@ def test_every_key_is_described() -> None:
         ("graph_build_batch", 0, ">= 1"),
         ("num_entries", 0, ">= 1"),
         ("index_dtype", "int8", "'auto', 'float32', 'float16', 'bfloat16'"),
-        ("knn_backend", "cuvs", "'auto', 'faiss', 'torch'"),
+        ("knn_backend", "cuvs", "'auto', 'faiss', 'triton', 'torch'"),
         ("estimation", "clusters", "'none', 'centroid', 'softmax_lift'"),
         ("estimation", None, "'none', 'centroid', 'softmax_lift'"),
         ("estimation_budget", 1.01, "0 to 1"),

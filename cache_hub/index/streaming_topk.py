@@ -1,0 +1,95 @@
+"""Exact top-k of inner products on a GPU in two passes, with 1/32 of the scores ever in memory.
+
+First the best score of every run of 32 keys, by matrix products whose tiles stay on the chip; the k runs of highest
+maximum hold the k best keys. Then the scores of those runs alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 32
+_BLOCK_C = 128
+# Triton's interpreter cannot multiply bfloat16.
+_DOTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def streaming_topk(keys: Tensor, queries: Tensor, visible: Tensor, k: int) -> Tensor:
+    """The k nearest of keys [n, D] by inner product for queries [m, D], of one floating dtype with contiguous rows.
+
+    Query i sees keys 0 .. visible[i] - 1; visible [m] int32. Products are float32 sums. Returns ids [m, k] int32, best
+    first, -1 pads. All tensors on one GPU, or on the CPU under Triton's interpreter.
+    """
+    m, dim = queries.shape
+    n = len(keys)
+    # Two tiles of 128 rows, or of 64 long ones: they fit the shared memory of any GPU since Ampere.
+    tile = 128 if dim * queries.element_size() <= 256 else 64
+    maxima = queries.new_empty(m, triton.cdiv(n, tile) * (tile // CHUNK), dtype=torch.float32)
+    blocks = {"BLOCK_D": max(triton.next_power_of_2(dim), 16), "CHUNK": CHUNK}
+    chunk_maxima_kernel[(triton.cdiv(n, tile), triton.cdiv(m, tile))](
+        queries, keys, visible, maxima, m, n, dim, queries.stride(0), keys.stride(0), maxima.stride(0),
+        BLOCK_M=tile, BLOCK_N=tile, COMPUTE=_DOTS[queries.dtype if queries.is_cuda else torch.float32], num_warps=8,
+        **blocks,
+    )  # fmt: skip
+    chunks = maxima.topk(min(k, maxima.shape[1]), sorted=False).indices.int()
+    scores = queries.new_empty(m, chunks.shape[1] * CHUNK, dtype=torch.float32)
+    chunk_scores_kernel[(m,)](
+        queries, keys, visible, chunks, scores, n, dim, chunks.shape[1], queries.stride(0), keys.stride(0),
+        BLOCK_C=_BLOCK_C, num_warps=4, **blocks,
+    )  # fmt: skip
+    best, at = scores.topk(min(k, scores.shape[1]))
+    ids = chunks.gather(1, at // CHUNK) * CHUNK + (at % CHUNK).int()
+    ids.masked_fill_(best == float("-inf"), -1)
+    return torch.nn.functional.pad(ids, (0, k - ids.shape[1]), value=-1)
+
+
+@triton.jit(do_not_specialize=["m", "n", "stride_m"])
+def chunk_maxima_kernel(  # type: ignore[no-untyped-def]
+    queries, keys, visible, maxima, m, n, dim, stride_q, stride_k, stride_m,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """One program: the maxima of BLOCK_N / CHUNK runs of keys for BLOCK_M queries, -inf where a query sees none."""
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    row_ok = row < m
+    limit = tl.load(visible + row, mask=row_ok, other=0)
+    best = tl.full([BLOCK_M, BLOCK_N // CHUNK], float("-inf"), tl.float32)
+    if tl.max(limit, 0) > tl.program_id(0) * BLOCK_N:
+        d_ok = d[None, :] < dim
+        q = tl.load(queries + row[:, None].to(tl.int64) * stride_q + d[None, :], mask=row_ok[:, None] & d_ok, other=0.0)
+        k = tl.load(
+            keys + column[:, None].to(tl.int64) * stride_k + d[None, :], mask=(column < n)[:, None] & d_ok, other=0.0
+        )
+        scores = tl.dot(q.to(COMPUTE), tl.trans(k.to(COMPUTE)), input_precision="tf32x3")
+        scores = tl.where(column[None, :] < limit[:, None], scores, float("-inf"))
+        best = tl.max(tl.reshape(scores, [BLOCK_M, BLOCK_N // CHUNK, CHUNK]), 2)
+    run = tl.program_id(0) * (BLOCK_N // CHUNK) + tl.arange(0, BLOCK_N // CHUNK)
+    tl.store(maxima + row[:, None].to(tl.int64) * stride_m + run[None, :], best, mask=row_ok[:, None])
+
+
+@triton.jit(do_not_specialize=["n", "runs"])
+def chunk_scores_kernel(  # type: ignore[no-untyped-def]
+    queries, keys, visible, chunks, scores, n, dim, runs, stride_q, stride_k,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program: one query's scores [runs * CHUNK] of the keys of its runs, -inf for those that it does not see."""
+    row = tl.program_id(0).to(tl.int64)
+    limit = tl.load(visible + row)
+    d = tl.arange(0, BLOCK_D)
+    q = tl.load(queries + row * stride_q + d, mask=d < dim, other=0.0).to(tl.float32)
+    for first in range(0, runs * CHUNK, BLOCK_C):
+        slot = first + tl.arange(0, BLOCK_C)
+        run = tl.load(chunks + row * runs + slot // CHUNK, mask=slot < runs * CHUNK, other=0)
+        column = run * CHUNK + slot % CHUNK
+        seen = (column < limit) & (slot < runs * CHUNK)
+        k = tl.load(
+            keys + column[:, None].to(tl.int64) * stride_k + d[None, :],
+            mask=seen[:, None] & (d < dim)[None, :],
+            other=0.0,
+        )
+        score = tl.sum(k.to(tl.float32) * q[None, :], 1)
+        tl.store(scores + row * runs * CHUNK + slot, tl.where(seen, score, float("-inf")), mask=slot < runs * CHUNK)
