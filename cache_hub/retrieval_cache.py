@@ -266,12 +266,12 @@ class TokenIndexCache(KV_Cache):
         return found, ids, None if weights is None else weights.to(query_states.device, non_blocking=True)
 
     def _rows_of_values(self, ids: Tensor, layer_idx: int) -> Tensor:
-        """The values [B, Hkv, T, D] of positions ids [B, Hkv, T] on the layer's device, of position 0 where padded."""
+        """The values [B, Hkv, T, D] of positions ids [B, Hkv, T], of position 0 where padded; all in CPU memory."""
         store = self._values[layer_idx]
         batch, heads, tokens, dim = store.shape
         first = torch.arange(batch * heads).view(batch, heads, 1) * tokens
         rows = store.view(-1, dim).index_select(0, (first + ids.clamp(min=0)).flatten())
-        return rows.view(*ids.shape, dim).to(self.devices[layer_idx], non_blocking=True)
+        return rows.view(*ids.shape, dim)
 
     def _count_tokens(self, layer_idx: int) -> None:
         static = sum(self._zones[layer_idx].counts)

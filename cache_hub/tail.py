@@ -24,9 +24,9 @@ class CentroidTail:
     tell apart. Source: RetroInfer's estimation zone (arXiv 2505.02922); the metric, and the exact bookkeeping of what
     is attended to otherwise, are ours.
 
-    centroids, value_means [B, Hkv, C, D] in the store's type, sizes [B, Hkv, C] float32, 0 where there is no cluster,
-    all on the layer's device; assignment [B, Hkv, N] int32, the cluster of every indexed token. share: of a sequence's
-    clusters, the best of which are attended to; 1 is all.
+    centroids, value_means [B, Hkv, C, D] in the store's type and sizes [B, Hkv, C] float32, 0 where no cluster is, lie on
+    the layer's device; assignment [B, Hkv, N] int32, the cluster of every indexed token, in CPU memory as the
+    tokens. share: of a sequence's clusters, the best of which are attended to; 1 is all.
     """
 
     def __init__(
@@ -42,8 +42,9 @@ class CentroidTail:
         self.centroids = torch.zeros(batch_size, kv_heads, 0, head_dim, dtype=dtype, device=device)
         self.value_means = torch.zeros_like(self.centroids)
         self.sizes = torch.zeros(batch_size, kv_heads, 0, device=device)
-        self.assignment = torch.zeros(batch_size, kv_heads, 0, dtype=torch.int32, device=device)
+        self.assignment = torch.zeros(batch_size, kv_heads, 0, dtype=torch.int32)
         self.clusters = [0] * batch_size
+        self._sizes_here = self.sizes.cpu()
 
     def add(self, sequences: slice, keys: Tensor, values: Tensor, query_moment: Tensor) -> None:
         """Clusters keys and values [b, Hkv, N, D], any device, of sequences that have none yet.
@@ -66,44 +67,57 @@ class CentroidTail:
             rows = made_of.unflatten(0, (batch, heads))
             table[sequences, :, : rows.shape[2]] = rows.to(table.dtype)
         self.clusters[sequences] = [number] * batch
+        self._sizes_here = self.sizes.cpu()
 
     def parts(self, query: Tensor, ids: Tensor, values: Tensor) -> tuple[list[WeightedPart], int]:
         """The rest of the tokens for query [B, 1, H, D], and how many clusters stand for it.
 
         ids [B, Hkv, T]: the indexed tokens attended to exactly, none twice, -1 pads; values [B, Hkv, T, D]: theirs, of
-        any content where padded. Parts: clusters as they are, and those of which some members were retrieved.
+        any content where padded; both in CPU memory. Parts: the clusters as they are, and those that lost members.
         """
-        number = self.sizes.shape[2]
-        retrieved = ids >= 0
-        cluster = self.assignment.gather(2, ids.clamp(min=0).long()).long().masked_fill_(~retrieved, number)
-        cluster, order = cluster.sort(dim=2)
-        # One slot for each cluster that lost members, -1 pads last: [B, Hkv, T].
-        starts = cluster.diff(dim=2, prepend=torch.full_like(cluster[..., :1], -1)) != 0
-        slot = starts.cumsum(2) - 1
-        member = (cluster < number).float()
-        lost = torch.zeros_like(member).scatter_add_(2, slot, member)
-        wide = order[..., None].expand_as(values)
-        rows = values.float().gather(2, wide) * member[..., None]
-        lost_values = torch.zeros_like(rows).scatter_add_(2, slot[..., None].expand_as(rows), rows)
-        touched = torch.full_like(cluster, number).scatter_(2, slot, cluster)
+        device, number = self.sizes.device, self.sizes.shape[2]
+        losses = self._lost(ids, values)
+        count = self._count_left(*losses[:2])
+        touched, lost, lost_values = (table.to(device, non_blocking=True) for table in losses)
         used = touched < number
         at = touched.clamp(max=max(number - 1, 0))
+        wide = at[..., None].expand(*at.shape, self.centroids.shape[3])
         sizes = self.sizes.gather(2, at)
-        left = (sizes - lost).masked_fill(~used, 0)
-        means = self.value_means.gather(2, at[..., None].expand_as(rows)).float()
-        means = (means * sizes[..., None] - lost_values) / left.clamp(min=1)[..., None]
-
-        whole = torch.nn.functional.pad(self.sizes, (0, 1)).scatter_(2, cluster, 0)[..., :number]
+        left = (sizes - lost).masked_fill_(~used, 0)
+        means = self.value_means.gather(2, wide).float() * sizes[..., None] - lost_values
+        means = means / left.clamp(min=1)[..., None]
+        whole = torch.nn.functional.pad(self.sizes, (0, 1)).scatter_(2, touched, 0)[..., :number]
         if self.share < 1:
             chosen = self._chosen(query)
             whole = whole * chosen
             left = left * chosen.gather(2, at)
-        keys = self.centroids.gather(2, at[..., None].expand_as(rows))
+            count = int((whole > 0).sum() + (left > 0).sum())
         parts = [
             WeightedPart(self.centroids, self.value_means, None, whole.log(), None),
-            WeightedPart(keys, means, None, left.log(), None),
+            WeightedPart(self.centroids.gather(2, wide), means, None, left.log(), None),
         ]
-        return parts, int((whole > 0).sum() + (left > 0).sum())
+        return parts, count
+
+    def _count_left(self, touched: Tensor, lost: Tensor) -> int:
+        """Clusters that keep a member; arguments as _lost returns them."""
+        sizes = torch.nn.functional.pad(self._sizes_here, (0, 1), value=float("inf")).gather(2, touched)
+        return int((self._sizes_here > 0).sum() - (sizes <= lost).sum())
+
+    def _lost(self, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the clusters lose to ids and values as in `parts`: clusters [B, Hkv, T] int64, each once, C where there
+        is none; how many members [B, Hkv, T] float32; the sum of their values [B, Hkv, T, D] float32."""
+        number = self.sizes.shape[2]
+        cluster = self.assignment.gather(2, ids.clamp(min=0).long()).long().masked_fill_(ids < 0, number)
+        cluster, order = cluster.sort(dim=2)
+        starts = cluster.diff(dim=2, prepend=torch.full_like(cluster[..., :1], -1)) != 0
+        slot = starts.cumsum(2) - 1
+        member = (cluster < number).float()
+        lost = torch.zeros_like(member).scatter_add_(2, slot, member)
+        batch, heads, tokens, dim = values.shape
+        row = torch.arange(batch * heads).view(batch, heads, 1) * tokens
+        rows = values.view(-1, dim).index_select(0, (row + order).flatten()).float() * member.view(-1, 1)
+        lost_values = rows.new_zeros(rows.shape).index_add_(0, (row + slot).flatten(), rows).view(values.shape)
+        return torch.full_like(cluster, number).scatter_(2, slot, cluster), lost, lost_values
 
     def _chosen(self, query: Tensor) -> Tensor:
         """[B, Hkv, C] bool: the clusters of largest estimated mass, summed over the group's query heads."""

@@ -90,6 +90,7 @@ def test_clusters_of_one_token_are_exact_whatever_is_retrieved() -> None:
     tail, keys, values = make((1, 1), 40, 64)
     tail.assignment = torch.arange(40).view(1, 1, 40).int()
     tail.centroids, tail.value_means, tail.sizes = keys, values, torch.ones(1, 1, 40)
+    tail._sizes_here = tail.sizes
     query, ids = torch.randn(1, 1, 3, 64), some_ids((1, 1), 40, 11)
     kept = [token for token in range(40) if token not in set(ids.flatten().tolist())]
     parts, _ = tail.parts(query, ids, rows_at(values, ids))
