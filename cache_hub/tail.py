@@ -24,8 +24,8 @@ class CentroidTail:
     tell apart. Source: RetroInfer's estimation zone (arXiv 2505.02922); the metric, and the exact bookkeeping of what
     is attended to otherwise, are ours.
 
-    centroids, value_means [B, Hkv, C, D] in the store's type and sizes [B, Hkv, C] float32, 0 where no cluster is, lie on
-    the layer's device; assignment [B, Hkv, N] int32, the cluster of every indexed token, in CPU memory as the
+    centroids, value_means [B, Hkv, C, D] in the store's type and sizes [B, Hkv, C] float32, 0 where no cluster is, lie
+    on the layer's device; assignment [B, Hkv, N] int32, the cluster of every indexed token, in CPU memory as the
     tokens. share: of a sequence's clusters, the best of which are attended to; 1 is all.
     """
 

@@ -56,8 +56,7 @@ def _prune_fill(keys: Tensor, pairs: Tensor, width: int) -> Tensor:
             for a, b in zip(node.split(_PAIRS_AT_ONCE), candidate.split(_PAIRS_AT_ONCE), strict=True)
         ]
     )
-    best_first = scores.argsort(descending=True, stable=True)
-    by_node = best_first[node[best_first].argsort(stable=True)]
+    by_node = ((node << 32) - _ordinal(scores)).argsort(stable=True)
     begin = torch.searchsorted(node, torch.arange(n + 1, device=keys.device))
     links = torch.full((n, width), -1, dtype=torch.int32, device=keys.device)
     prune_fill_kernel[(n,)](
@@ -73,6 +72,12 @@ def _prune_fill(keys: Tensor, pairs: Tensor, width: int) -> Tensor:
         num_warps=1,
     )
     return links
+
+
+def _ordinal(scores: Tensor) -> Tensor:
+    """Whole numbers of 32 bits in the order of float32 scores, int64."""
+    bits = (scores + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    return torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).long()
 
 
 @triton.jit
