@@ -229,7 +229,7 @@ class TokenIndexCache(KV_Cache):
                 with self.stats.timed("estimate"):
                     rest, clusters = self._tails[layer_idx].parts(
                         query_states,
-                        torch.where(there >= 0, there - self.sinks, -1),
+                        torch.where(ids >= 0, ids - self.sinks, -1),
                         self._rows_of_values(ids, layer_idx),
                     )
                 self.stats.estimated += clusters
