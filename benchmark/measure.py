@@ -10,7 +10,7 @@ from model_hub import LLM, GenerationTiming
 from .results import peak_memory_bytes
 
 _BUILD_STAGES = ("query_key_knn", "key_key_knn", "projection", "index")
-_DECODE_STAGES = ("search", "attention")
+_DECODE_STAGES = ("search", "estimate", "attention")
 
 
 def measure(
@@ -53,10 +53,11 @@ def record(cache: KV_Cache, timing: GenerationTiming) -> dict[str, Any]:
     """What a generation cost.
 
     prefill_seconds is without build_seconds; both are of the whole batch. ms_per_token: of one decode step of the
-    batch, by stage in ms_by_stage ("model": all but search and attention). attended_share and scored_share: tokens
-    attended per kv head, keys scored per query head, as a share of the context. recall, mass (of all tokens attended
-    to) and mass_of_exact (relative to retrieving the exact top k): means over layers, heads and steps, None unless
-    diagnosed; the worst head beside them. Bytes of the index and of the KV store.
+    batch, by stage in ms_by_stage ("model": all that is not another stage). attended_share, estimated_share and
+    scored_share: tokens attended and clusters standing for others per kv head, keys scored per query head, as a share
+    of the context. recall, mass (of all tokens attended to) and mass_of_exact (relative to retrieving the exact top k):
+    means over layers, heads and steps, None unless diagnosed; the worst head beside them. Bytes of the index and of the
+    KV store.
     """
     stats, steps = cache.stats, max(timing.decode_steps, 1)
     build = stats.seconds["build"]
@@ -71,6 +72,7 @@ def record(cache: KV_Cache, timing: GenerationTiming) -> dict[str, Any]:
         "ms_per_token": 1000 * decode / steps,
         "ms_by_stage": {stage: 1000 * seconds / steps for stage, seconds in stages.items()},
         "attended_share": stats.attended_share,
+        "estimated_share": stats.estimated_share,
         "scored_share": stats.scored_share,
         **_agreement(cache),
         "index_bytes": cache.index_bytes,

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cache_hub import STRATEGIES
-from config import RetroInferConfig, with_estimation
+from config import RetroInferConfig
 from model_hub import LLM, GenerationTiming
 
 from .launcher import Shard
 from .measure import record
 from .results import environment, write_json, write_text
+from .shared_builds import PrefilledCaches
 
 _TIMINGS = (
     "prefill_seconds",
@@ -246,66 +246,30 @@ def _generate(
     samples, ids = [sample for sample, _ in batch], torch.tensor([tokens for _, tokens in batch])
     length, first_sample = ids.shape[1], samples[0]
     stop = first_sample.stop_ids
-    builds = _builds(strategies, settings)
-    caches = [
-        llm.init_cache(
-            build[0].strategy,
-            build[0].settings,
-            [length] * len(batch),
-            first_sample.max_new_tokens,
-            len(batch),
-            diagnose,
-        )
-        for build in builds
-    ]
     start = perf_counter()
-    logits = llm.prefill(ids.to(llm.device), None, caches, len(samples))
-    building = sum(cache.stats.seconds["build"] for cache in caches)
+    caches = PrefilledCaches(llm, ids, strategies, settings, first_sample.max_new_tokens, diagnose)
+    logits = caches.logits
     if first_sample.min_new_tokens:
         logits = logits.index_fill(1, torch.tensor(sorted(stop), device=logits.device), float("-inf"))
     first = logits.argmax(-1)
-    prefill_seconds = perf_counter() - start - building
-    for build in builds:
-        cache = caches.pop(0)
-        for variant in build:
-            if variant is not build[0]:
-                cache.rewind()
-                cache.retune(variant.settings)
-            start = perf_counter()
-            rest = llm.decode(cache, first, first_sample.max_new_tokens - 1, stop_ids=stop)
-            tokens = torch.cat((first[:, None], rest), dim=1).tolist()
-            seconds = perf_counter() - start
-            timing = GenerationTiming(prefill_seconds + cache.stats.seconds["build"], 0.0, seconds, rest.shape[1])
-            cost = record(cache, timing)
-            seconds_of = {key: cost.pop(key) for key in _TIMINGS}
-            lines = []
-            for sample, answer in zip(samples, tokens, strict=True):
-                kept = until_stop(answer, stop)
-                text = tokenizer.decode(kept, skip_special_tokens=True)
-                told = {"id": sample.id, "pred": text, "expected": sample.expected, **sample.extra}
-                costs = {"prompt_tokens": length, "new_tokens": len(kept), **cost}
-                timings = {"id": sample.id, "batch": len(samples), **seconds_of}
-                lines.append({"record": {**told, **costs}, "timing": timings})
-            yield variant.name, lines
-
-
-@dataclass(frozen=True)
-class _Variant:
-    """A strategy as it was named: with its settings, see with_estimation."""
-
-    name: str
-    strategy: str
-    settings: RetroInferConfig
-
-
-def _builds(names: list[str], settings: RetroInferConfig) -> list[list[_Variant]]:
-    """The variants, those together that one filled cache can serve."""
-    builds: dict[str, list[_Variant]] = {}
-    for name in names:
-        variant = _Variant(name, *with_estimation(name, settings))
-        key = f"{variant.strategy} {STRATEGIES[variant.strategy].build_key(variant.settings)}"
-        builds.setdefault(key, []).append(variant)
-    return list(builds.values())
+    prefill_seconds = perf_counter() - start - caches.build_seconds
+    for name, cache in caches:
+        start = perf_counter()
+        rest = llm.decode(cache, first, first_sample.max_new_tokens - 1, stop_ids=stop)
+        tokens = torch.cat((first[:, None], rest), dim=1).tolist()
+        seconds = perf_counter() - start
+        timing = GenerationTiming(prefill_seconds + cache.stats.seconds["build"], 0.0, seconds, rest.shape[1])
+        cost = record(cache, timing)
+        seconds_of = {key: cost.pop(key) for key in _TIMINGS}
+        lines = []
+        for sample, answer in zip(samples, tokens, strict=True):
+            kept = until_stop(answer, stop)
+            text = tokenizer.decode(kept, skip_special_tokens=True)
+            told = {"id": sample.id, "pred": text, "expected": sample.expected, **sample.extra}
+            costs = {"prompt_tokens": length, "new_tokens": len(kept), **cost}
+            timings = {"id": sample.id, "batch": len(samples), **seconds_of}
+            lines.append({"record": {**told, **costs}, "timing": timings})
+        yield name, lines
 
 
 def until_stop(tokens: list[int], stop_ids: frozenset[int]) -> list[int]:

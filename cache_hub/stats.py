@@ -67,6 +67,11 @@ class CacheStats:
         return self.attended / self.attended_of if self.attended_of else 1.0
 
     @property
+    def estimated_share(self) -> float:
+        """Clusters that stand for tokens per kv head and step as a share of the context."""
+        return self.estimated / self.attended_of if self.attended_of else 0.0
+
+    @property
     def scored_share(self) -> float:
         """Keys and centroids scored by the search per query head and step as a share of the context."""
         return self.scored / self.scored_of if self.scored_of else 0.0

@@ -8,6 +8,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from benchmark import runner
 from benchmark.runner import Sample, Task, run_tasks
 from config import generate_config
@@ -40,6 +43,17 @@ def tasks(count: int = 5) -> list[Task]:
 def run(llm: LLM, folder: Path, **options: Any) -> None:
     config = generate_config("tiny", 300, "RetroInfer", overrides={"attention_aware_graph.top_k": 20})
     run_tasks(llm, Bytes(), options.pop("tasks", tasks()), STRATEGIES, config, folder, {"seed": 1}, **options)
+
+
+def tiny_model(folder: Path) -> Path:
+    """Saves a random model of 256 tokens there."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 256}
+    config = AutoConfig.for_model(
+        "llama", **shape, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
 
 
 def load(folder: Path) -> LLM:

@@ -10,7 +10,6 @@ import pytest
 import runner_job
 import torch
 from runner_job import STRATEGIES, load, run, tasks
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmark.launcher import Shard
 from benchmark.runner import Sample, Task, read_records, run_tasks, until_stop
@@ -20,14 +19,7 @@ from model_hub import LLM
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 256}
-    config = AutoConfig.for_model(
-        "llama", **shape, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024
-    )
-    folder = tmp_path_factory.mktemp("tiny")
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
+    return runner_job.tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,68 @@
+"""Several strategies after one prefill, with one build for those that can share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cache_hub import STRATEGIES, KV_Cache
+from config import RetroInferConfig, with_estimation
+from model_hub import LLM
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A strategy as it was named, with its settings; see with_estimation."""
+
+    name: str
+    strategy: str
+    settings: RetroInferConfig
+
+
+def shared_builds(names: Sequence[str], settings: RetroInferConfig) -> list[list[Variant]]:
+    """The variants of these names, those together that one filled cache can serve. ConfigError as with_estimation."""
+    builds: dict[str, list[Variant]] = {}
+    for name in names:
+        variant = Variant(name, *with_estimation(name, settings))
+        key = f"{variant.strategy} {STRATEGIES[variant.strategy].build_key(variant.settings)}"
+        builds.setdefault(key, []).append(variant)
+    return list(builds.values())
+
+
+class PrefilledCaches:
+    """The prompts' states in a cache for every build, made by one prefill.
+
+    logits [B, V]: of each prompt's last token. build_seconds: of all caches together.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        ids: Tensor,
+        names: Sequence[str],
+        settings: RetroInferConfig,
+        max_new_length: int,
+        diagnose: bool = False,
+    ) -> None:
+        """ids [B, L]: prompts without padding."""
+        self._builds = shared_builds(names, settings)
+        batch, length = ids.shape
+        self._caches = [
+            llm.init_cache(build[0].strategy, build[0].settings, [length] * batch, max_new_length, batch, diagnose)
+            for build in self._builds
+        ]
+        self.logits = llm.prefill(ids.to(llm.device), None, self._caches, batch)
+        self.build_seconds = sum(cache.stats.seconds["build"] for cache in self._caches)
+
+    def __iter__(self) -> Iterator[tuple[str, KV_Cache]]:
+        """Each variant's name and its cache at the end of the prompts; a cache is freed behind its last variant."""
+        for build in self._builds:
+            cache = self._caches.pop(0)
+            for variant in build:
+                if variant is not build[0]:
+                    cache.rewind()
+                    cache.retune(variant.settings)
+                yield variant.name, cache
+            del cache
