@@ -37,10 +37,7 @@ class AttentionAwareGraphCache(TokenIndexCache):
         return {**super().options(settings), **settings.attention_aware_graph.model_dump()}
 
     def new_index(self) -> TokenIndex:
-        knobs = self.graph.model_dump()
-        if self.estimation == "softmax_lift":
-            knobs["index_dtype"] = "auto"  # 16 bits cannot hold a logit and the log of a draw in one sum
-        return make_index("attention_aware_graph", num_threads=self.num_threads, **knobs)
+        return make_index("attention_aware_graph", num_threads=self.num_threads, **self.graph.model_dump())
 
     def retune(self, settings: RetroInferConfig) -> None:
         super().retune(settings)

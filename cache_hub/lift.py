@@ -32,27 +32,24 @@ class SoftmaxLift:
     """
 
     def __init__(self, index: TokenIndex, generator: torch.Generator) -> None:
-        """index: an empty one, which is built over float32 keys of D + 1 dimensions."""
+        """index: an empty one, which is built over the keys with one more dimension."""
         self.index, self._generator = index, generator
 
     def build(self, keys: Tensor, queries: Tensor, positions: Tensor | None = None) -> None:
-        """As TokenIndex.build for keys [R, N, D] in CPU memory; the lifted copy is the index's own."""
+        """As TokenIndex.build for keys [R, N, D] in CPU memory."""
         rows, tokens, dim = keys.shape
-        self.log_u = (1 - torch.rand(rows, tokens, generator=self._generator)).log()
-        self._keys = torch.cat((keys.float(), -(dim**0.5) * self.log_u[..., None]), dim=2)
-        ones = queries.new_ones(()).expand(*queries.shape[:3], 1)
-        self.index.build(self._keys, torch.cat((queries, ones), dim=3), positions)
+        # Times sqrt(D), the keys' dimension one more.
+        self._minus_log_u = -(1 - torch.rand(rows, tokens, generator=self._generator)).log() * dim**0.5
+        self.index.build(keys, queries, positions, self._minus_log_u)
 
     def search(self, queries: Tensor, k: int) -> tuple[Sample, SearchResult]:
         """The sample for queries [R, g, D], k tokens a query head, and what the index answered, best priority first."""
         dim = queries.shape[2]
-        asked = torch.nn.functional.pad(queries.float(), (0, 1), value=1.0)
-        found = self.index.search(asked, k + 1)
+        found = self.index.search(queries, k + 1)
         priorities = found.scores.cpu() / dim**0.5
         ids, threshold = found.ids.cpu()[..., :k], priorities[..., k:]
-        logits = priorities[..., :k] + self.log_u[:, None].expand(-1, ids.shape[1], -1).gather(
-            2, ids.clamp(min=0).long()
-        )
+        lifted = self._minus_log_u[:, None].expand(-1, ids.shape[1], -1).gather(2, ids.clamp(min=0).long())
+        logits = priorities[..., :k] - lifted / dim**0.5
         # log of w / tau; -inf is nobody's, and above 0 the draw was certain.
         excess = torch.where(ids >= 0, logits - threshold, float("-inf")).flatten(1)
         kept = SearchResult(ids, found.scores[..., :k], found.keys_scored)
@@ -60,7 +57,7 @@ class SoftmaxLift:
 
     @property
     def nbytes(self) -> int:
-        return self.index.nbytes + self._keys.nbytes + self.log_u.nbytes
+        return self.index.nbytes + self._minus_log_u.nbytes
 
 
 def _unite(ids: Tensor, excess: Tensor) -> Sample:

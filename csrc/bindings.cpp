@@ -32,15 +32,17 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Keys of all kv heads: [heads, n, dim] with contiguous rows.
+// Keys of all kv heads: [heads, n, dim] with contiguous rows, and extra [heads, n] float32 or nothing (0).
 struct KeyStore {
     uintptr_t address;
     int dtype;
     int64_t heads, n, dim, head_stride, row_stride;
+    uintptr_t extra;
 
     Rows head(int64_t i) const {
         const int64_t item = dtype == 0 ? 4 : 2;
-        return {at<const char>(address) + i * head_stride * item, static_cast<Dtype>(dtype), n, dim, row_stride};
+        return {at<const char>(address) + i * head_stride * item, static_cast<Dtype>(dtype), n, dim, row_stride,
+                extra ? at<const float>(extra) + i * n : nullptr};
     }
 };
 
@@ -50,8 +52,8 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "Construction of and search in attention-aware graphs (C++).";
 
     py::class_<KeyStore>(m, "KeyStore")
-        .def(py::init<uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t>(), py::arg("address"), py::arg("dtype"),
-             py::arg("heads"), py::arg("n"), py::arg("dim"), py::arg("head_stride"), py::arg("row_stride"));
+        .def(py::init<uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t>(), py::arg("address"), py::arg("dtype"),
+             py::arg("heads"), py::arg("n"), py::arg("dim"), py::arg("head_stride"), py::arg("row_stride"), py::arg("extra") = 0);
 
     m.def(
         "build",
@@ -78,7 +80,7 @@ PYBIND11_MODULE(_native, m) {
             py::gil_scoped_release release;
             std::vector<HeadInput> inputs;
             for (int64_t h = 0; h < heads; ++h)
-                inputs.push_back({{nullptr, Dtype::float32, n, 0, 0},
+                inputs.push_back({{nullptr, Dtype::float32, n, 0, 0, nullptr},
                                   {at<const int32_t>(pivots) + h * group * queries, group * queries, 1},
                                   {},
                                   at<int32_t>(adjacency) + h * n * degree,
@@ -103,7 +105,8 @@ PYBIND11_MODULE(_native, m) {
            uintptr_t scores) {
             py::gil_scoped_release release;
             threads(num_threads)->parallel_for(keys.heads * group, 1, [&](int64_t i) {
-                extend_lists(keys.head(i / group), at<const float>(queries) + i * keys.dim, &keys.n, 1, 0, k,
+                const Rows rows = keys.head(i / group);
+                extend_lists(rows, at<const float>(queries) + i * rows.width(), &keys.n, 1, 0, k,
                              at<int32_t>(ids) + i * k, at<float>(scores) + i * k);
             });
         },
@@ -121,7 +124,7 @@ PYBIND11_MODULE(_native, m) {
                 const Graph graph{keys.head(h), at<const int32_t>(adjacency) + h * keys.n * degree, degree,
                                   at<const int32_t>(entries) + h * num_entries, num_entries};
                 at<int64_t>(keys_scored)[i] =
-                    search_graph(graph, at<const float>(queries) + i * keys.dim, k, ef, scratch, at<int32_t>(ids) + i * k,
+                    search_graph(graph, at<const float>(queries) + i * graph.keys.width(), k, ef, scratch, at<int32_t>(ids) + i * k,
                                  at<float>(scores) + i * k);
             });
         },

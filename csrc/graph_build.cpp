@@ -70,8 +70,8 @@ class PruneScratch {
 // best rejected ones until the list is full. out: [width], -1 pads.
 void prune_fill(const Rows& keys, int32_t x, int64_t width, PruneScratch& s, int32_t* out) {
     const auto& c = s.candidates;
-    s.pivot.resize(keys.dim);
-    s.kept_rows.resize((width + 1) * keys.dim);
+    s.pivot.resize(keys.width());
+    s.kept_rows.resize((width + 1) * keys.width());
     s.scores.resize(c.size());
     keys.load(x, s.pivot.data());
     keys.score(s.pivot.data(), c.data(), c.size(), s.scores.data());
@@ -83,9 +83,9 @@ void prune_fill(const Rows& keys, int32_t x, int64_t width, PruneScratch& s, int
     s.rejected.clear();
     for (const Neighbour& p : s.sorted) {
         if (kept == width) break;
-        float* row = s.kept_rows.data() + kept * keys.dim;
+        float* row = s.kept_rows.data() + kept * keys.width();
         keys.load(p.id, row);
-        if (any_above(row, s.kept_rows.data(), kept, keys.dim, p.score))
+        if (any_above(row, s.kept_rows.data(), kept, keys.width(), p.score))
             s.rejected.push_back(p.id);
         else
             out[kept++] = p.id;
@@ -247,7 +247,7 @@ void extend_lists(const Rows& keys, const float* queries, const int64_t* visible
     std::iota(fresh.begin(), fresh.end(), static_cast<int32_t>(begin));
     for (int64_t i = 0; i < count; ++i, ids += k, scores += k) {
         const int64_t seen = std::max<int64_t>(visible[i] - begin, 0);
-        keys.score(queries + i * keys.dim, fresh.data(), seen, fresh_scores.data());
+        keys.score(queries + i * keys.width(), fresh.data(), seen, fresh_scores.data());
         for (int64_t j = 0; j < seen; ++j) {
             if (!(fresh_scores[j] > scores[k - 1])) continue;
             int64_t at = k - 1;

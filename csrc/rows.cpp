@@ -88,18 +88,21 @@ RAG_CLONES bool any_above(const float* row, const float* rows, int64_t count, in
 
 void Rows::score(const float* query, const int32_t* ids, int64_t count, float* out) const {
     switch (dtype) {
-        case Dtype::float32: return score_float(query, *this, ids, count, out);
-        case Dtype::float16: return score_half(query, *this, ids, count, out);
-        case Dtype::bfloat16: return score_bfloat(query, *this, ids, count, out);
+        case Dtype::float32: score_float(query, *this, ids, count, out); break;
+        case Dtype::float16: score_half(query, *this, ids, count, out); break;
+        case Dtype::bfloat16: score_bfloat(query, *this, ids, count, out); break;
     }
+    if (extra)
+        for (int64_t i = 0; i < count; ++i) out[i] += query[dim] * extra[ids[i]];
 }
 
 void Rows::load(int32_t id, float* out) const {
     switch (dtype) {
-        case Dtype::float32: return load_row<float>(*this, id, out);
-        case Dtype::float16: return load_row<Half>(*this, id, out);
-        case Dtype::bfloat16: return load_row<BFloat>(*this, id, out);
+        case Dtype::float32: load_row<float>(*this, id, out); break;
+        case Dtype::float16: load_row<Half>(*this, id, out); break;
+        case Dtype::bfloat16: load_row<BFloat>(*this, id, out); break;
     }
+    if (extra) out[dim] = extra[id];
 }
 
 }  // namespace rag

@@ -6,17 +6,20 @@ namespace rag {
 
 enum class Dtype : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
-// One kv head's keys: n rows of `dim` contiguous elements, `stride` elements apart.
+// One kv head's keys: n rows of `dim` contiguous elements, `stride` elements apart, and where `extra` is not null one
+// more dimension, extra[row]. Float32 vectors beside them have `width()` elements.
 struct Rows {
     const void* data;
     Dtype dtype;
     int64_t n;
     int64_t dim;
     int64_t stride;
+    const float* extra;
 
+    int64_t width() const { return dim + (extra ? 1 : 0); }
     // out[i] = <query, row ids[i]> in float32.
     void score(const float* query, const int32_t* ids, int64_t count, float* out) const;
-    // out[0..dim) = row `id` in float32.
+    // out[0..width()) = row `id` in float32.
     void load(int32_t id, float* out) const;
 };
 

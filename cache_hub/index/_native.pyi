@@ -1,6 +1,14 @@
 class KeyStore:
     def __init__(
-        self, address: int, dtype: int, heads: int, n: int, dim: int, head_stride: int, row_stride: int
+        self,
+        address: int,
+        dtype: int,
+        heads: int,
+        n: int,
+        dim: int,
+        head_stride: int,
+        row_stride: int,
+        extra: int = 0,
     ) -> None: ...
 
 def build(

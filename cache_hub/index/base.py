@@ -28,11 +28,15 @@ class TokenIndex(ABC):
     build_seconds: dict[str, float]  # seconds of the last build by stage
 
     @abstractmethod
-    def build(self, keys: Tensor, queries: Tensor, positions: Tensor | None = None) -> None:
+    def build(
+        self, keys: Tensor, queries: Tensor, positions: Tensor | None = None, extra: Tensor | None = None
+    ) -> None:
         """Indexes keys [R, N, D]; the index refers to them, so they must outlive it and must not change.
 
         queries [R, g, M, D] are the prompt's own, positions [M] int64 in non-decreasing order: query m sees the keys
-        0..positions[m] (negative: none). None: every query sees all. Raises ValueError for shapes that do not fit.
+        0..positions[m] (negative: none). None: every query sees all. extra [R, N] float32, in CPU memory: one more
+        dimension of the keys, in which every query, of the build and of each search, has a 1. Raises ValueError for
+        shapes that do not fit.
         """
 
     @abstractmethod
@@ -42,16 +46,21 @@ class TokenIndex(ABC):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes the index adds to the KV store: adjacency, entry points and any copy of the keys."""
+        """Bytes the index adds to the KV store: adjacency, entry points and any copy of the keys; `extra` is the
+        caller's."""
 
 
-def check_build(keys: Tensor, queries: Tensor, positions: Tensor | None) -> None:
-    """Raises ValueError unless keys [R, N, D], queries [R, g, M, D] and positions [M] fit together."""
+def check_build(keys: Tensor, queries: Tensor, positions: Tensor | None, extra: Tensor | None = None) -> None:
+    """Raises ValueError unless keys [R, N, D], queries [R, g, M, D], positions [M] and extra [R, N] fit together."""
     if keys.dim() != 3 or keys.shape[1] == 0:
         raise ValueError(f"keys: got shape {tuple(keys.shape)}, allowed: [R, N, D] with N >= 1")
     if queries.dim() != 4 or (queries.shape[0], queries.shape[3]) != (keys.shape[0], keys.shape[2]):
         raise ValueError(
             f"queries: got shape {tuple(queries.shape)}, allowed: [R, g, M, D] with R, D of keys {tuple(keys.shape)}"
+        )
+    if extra is not None and (extra.shape != keys.shape[:2] or extra.dtype != torch.float32):
+        raise ValueError(
+            f"extra: got {extra.dtype} {tuple(extra.shape)}, allowed: torch.float32 {tuple(keys.shape[:2])}"
         )
     if positions is None:
         return
@@ -67,6 +76,13 @@ def check_search(queries: Tensor, k: int, rows: int, dim: int) -> None:
         raise ValueError(f"queries: got shape {tuple(queries.shape)}, allowed: [{rows}, g, {dim}]")
     if k < 1:
         raise ValueError(f"k: got {k}, allowed: >= 1")
+
+
+def lift(states: Tensor, extra: Tensor | float) -> Tensor:
+    """States [.., D] with one more dimension of `extra`, [..] or the same for all, in float32: [.., D + 1]."""
+    if isinstance(extra, Tensor):
+        return torch.cat((states.float(), extra.to(states.device)[..., None]), -1)
+    return torch.nn.functional.pad(states.float(), (0, 1), value=extra)
 
 
 def pad_topk(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import SearchResult, TokenIndex, check_build, check_search
+from .base import SearchResult, TokenIndex, check_build, check_search, lift
 from .knn import in_parallel
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,19 +29,22 @@ class FaissIndex(TokenIndex):
         self.num_threads = num_threads or torch.get_num_threads()
         self.build_seconds = {}
 
-    def build(self, keys: Tensor, queries: Tensor, positions: Tensor | None = None) -> None:
+    def build(
+        self, keys: Tensor, queries: Tensor, positions: Tensor | None = None, extra: Tensor | None = None
+    ) -> None:
         """See TokenIndex.build. Raises ValueError for keys that are not float32, float16 or bfloat16 in CPU memory."""
-        check_build(keys, queries, positions)
+        check_build(keys, queries, positions, extra)
         if keys.device.type != "cpu" or keys.dtype not in _DTYPES:
             raise ValueError(
                 f"keys: got {keys.dtype} on {keys.device}, allowed: float32, float16 or bfloat16 in CPU memory"
             )
         begin = time.perf_counter()
-        self._dim = keys.shape[2]
+        self._dim, self._lifted = keys.shape[2], extra is not None
         self._rows: list[Any] = [None] * len(keys)
 
         def work(row: int) -> None:
-            self._rows[row] = self.build_row(keys[row].float().contiguous().numpy())
+            vectors = keys[row].float() if extra is None else lift(keys[row], extra[row])
+            self._rows[row] = self.build_row(vectors.contiguous().numpy())
 
         in_parallel(work, [(row,) for row in range(len(keys))], keys.device, self.num_threads)
         self.build_seconds["index"] = time.perf_counter() - begin
@@ -49,7 +52,8 @@ class FaissIndex(TokenIndex):
     def search(self, queries: Tensor, k: int) -> SearchResult:
         """See TokenIndex.search."""
         check_search(queries, k, len(self._rows), self._dim)
-        asked = queries.to("cpu", torch.float32).contiguous().numpy()
+        vectors = lift(queries.cpu(), 1.0) if self._lifted else queries.cpu().float()
+        asked = vectors.contiguous().numpy()
         shape = (*queries.shape[:2], k)
         ids, scores = np.empty(shape, np.int32), np.empty(shape, np.float32)
         keys_scored = np.empty(shape[:2], np.int64)

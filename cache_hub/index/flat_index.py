@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from .base import SearchResult, TokenIndex, check_build, check_search
+from .base import SearchResult, TokenIndex, check_build, check_search, lift
 from .key_store import as_key_store
 
 
@@ -17,18 +17,21 @@ class FlatIndex(TokenIndex):
         self.num_threads = num_threads or torch.get_num_threads()
         self.build_seconds = {}
 
-    def build(self, keys: Tensor, queries: Tensor, positions: Tensor | None = None) -> None:
+    def build(
+        self, keys: Tensor, queries: Tensor, positions: Tensor | None = None, extra: Tensor | None = None
+    ) -> None:
         """See TokenIndex.build; the queries are not used."""
-        check_build(keys, queries, positions)
-        self.keys = keys
-        self._store = as_key_store(keys)
+        check_build(keys, queries, positions, extra)
+        self.keys, self.extra = keys, extra
+        self._store = as_key_store(keys, extra)
 
     def search(self, queries: Tensor, k: int) -> SearchResult:
         """See TokenIndex.search; exact, lower ids first among equal scores."""
         rows, n, dim = self.keys.shape
         check_search(queries, k, rows, dim)
         group = queries.shape[1]
-        asked = queries.to("cpu", torch.float32).contiguous()
+        asked = queries.cpu().float() if self.extra is None else lift(queries.cpu(), 1.0)
+        asked = asked.contiguous()
         ids = torch.full((rows, group, k), -1, dtype=torch.int32)
         scores = torch.full((rows, group, k), float("-inf"))
         _native.scan(self._store, asked.data_ptr(), group, k, self.num_threads, ids.data_ptr(), scores.data_ptr())

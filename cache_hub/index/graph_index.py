@@ -11,7 +11,7 @@ from torch import Tensor
 from config import GraphConfig
 
 from . import _native
-from .base import SearchResult, TokenIndex, check_build, check_search
+from .base import SearchResult, TokenIndex, check_build, check_search, lift
 from .key_store import as_key_store
 from .knn import causal_knn, key_knn
 
@@ -32,24 +32,29 @@ class AttentionAwareGraphIndex(TokenIndex):
         self.num_threads = num_threads or torch.get_num_threads()
         self.build_seconds = {}
 
-    def build(self, keys: Tensor, queries: Tensor, positions: Tensor | None = None) -> None:
+    def build(
+        self, keys: Tensor, queries: Tensor, positions: Tensor | None = None, extra: Tensor | None = None
+    ) -> None:
         """See TokenIndex.build. keys in CPU memory; queries on any device, which also computes the neighbour lists."""
-        check_build(keys, queries, positions)
+        check_build(keys, queries, positions, extra)
         o = self.options
         rows = len(keys)
         clock = _StageClock(self.build_seconds)
         how = (o.graph_build_batch, o.knn_backend, self.num_threads)
-        by_query = causal_knn(keys, queries, positions, o.q_knn, *how)
+        keys_there = keys.to(queries.device)
+        if extra is not None:
+            keys_there, queries = lift(keys_there, extra), lift(queries, 1.0)
+        by_query = causal_knn(keys_there, queries, positions, o.q_knn, *how)
         clock.stage("query_key_knn")
         wanted = o.key_degree if o.key_links else 0
-        keys_there = keys.to(queries.device)
         by_key = key_knn(keys_there, wanted, *how)
         clock.stage("key_key_knn")
 
         dtype = keys.dtype if o.index_dtype == "auto" else getattr(torch, o.index_dtype)
         self.keys = keys.to(dtype)
         self._copied = self.keys is not keys
-        self._store = as_key_store(self.keys)
+        self.extra = extra
+        self._store = as_key_store(self.keys, extra)
         self.entries = torch.empty(rows, o.num_entries, dtype=torch.int32)
         if queries.is_cuda:
             self._build_on_gpu(keys_there, by_query, by_key)
@@ -63,7 +68,7 @@ class AttentionAwareGraphIndex(TokenIndex):
         group, m = by_query.shape[1:3]
         self.adjacency = torch.empty(rows, n, o.key_degree, dtype=torch.int32)
         self.repaired_keys = _native.build(
-            as_key_store(keys),
+            as_key_store(keys, self.extra),
             by_query.data_ptr(),
             group,
             m,
@@ -104,7 +109,8 @@ class AttentionAwareGraphIndex(TokenIndex):
         rows, _, dim = self.keys.shape
         check_search(queries, k, rows, dim)
         group = queries.shape[1]
-        asked = queries.to("cpu", torch.float32).contiguous()
+        asked = queries.cpu().float() if self.extra is None else lift(queries.cpu(), 1.0)
+        asked = asked.contiguous()
         ids = torch.empty(rows, group, k, dtype=torch.int32)
         scores = torch.empty(rows, group, k)
         keys_scored = torch.empty(rows, group, dtype=torch.int64)

@@ -26,7 +26,7 @@ def test_what_retrieves_everything_agrees_and_little_does_less(llm: LLM) -> None
     assert all_["full"]["agreement"] == all_["flat"]["agreement"] == 1
     assert abs(all_["flat"]["kl_nats"]) < 1e-6 < few["flat"]["kl_nats"]
     assert few["flat"]["attended_share"] < 0.2 < all_["flat"]["attended_share"] == 1
-    assert "| flat | 100.0 % | 0.0000 | 100.0 % |" in table(all_)
+    assert "| full | 100.0 % | 0.0000 | 100.0 % |" in table(all_)
 
 
 def test_prompts_begin_where_they_are_told_and_fit() -> None:

@@ -65,3 +65,35 @@ def test_no_token_is_named_twice() -> None:
     for row in sample.ids:
         named = row[row >= 0].tolist()
         assert len(named) == len(set(named)) == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strategy", ["flat", "attention_aware_graph", "ivf", "hnsw"])
+def test_an_extra_dimension_is_as_if_the_keys_had_it(strategy: str, dtype: torch.dtype) -> None:
+    """Where everything is searched: ids and scores of keys one dimension longer, and queries that end with a 1."""
+    everything = {
+        "flat": {},
+        "attention_aware_graph": {"ef_search": 150, "index_dtype": "auto"},
+        "ivf": {"n_probe": 150},
+        "hnsw": {"m": 150, "ef_construction": 150, "ef_search": 150},
+    }
+    torch.manual_seed(0)
+    keys, queries = torch.randn(2, 150, 64).to(dtype), torch.randn(2, 3, 200, 64)
+    extra, positions = 5 * torch.rand(2, 150), torch.arange(200)
+    index = make_index(strategy, **everything[strategy])
+    index.build(keys, queries, positions, extra)
+    found = index.search(queries[:, :, -1], 20)
+    scores = (queries[:, :, -1] @ keys.float().transpose(1, 2) + extra[:, None]).topk(20)
+    torch.testing.assert_close(found.scores, scores.values, atol=1e-4, rtol=1e-4)
+    assert torch.equal(found.ids.long().sort(-1).values, scores.indices.sort(-1).values)
+
+
+@pytest.mark.parametrize("extra", [torch.zeros(2, 149), torch.zeros(2, 150).double()])
+def test_an_extra_dimension_that_does_not_fit_is_refused(extra: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"extra: got .*, allowed: torch.float32 \(2, 150\)"):
+        make_index("flat").build(torch.randn(2, 150, 64), torch.randn(2, 1, 1, 64), None, extra)
+
+
+def test_the_sample_costs_four_bytes_a_token_beside_the_index() -> None:
+    lift = lifted(torch.randn(2, 100, 64).bfloat16(), 1, 0)
+    assert lift.nbytes == 2 * 100 * 4
