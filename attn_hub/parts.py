@@ -17,8 +17,8 @@ class WeightedPart:
     A token has w_j = 0. A row that stands for a cluster of s tokens has w_j = log(s), the centroid as key and
     value_sum / s as value. A weight of -inf removes its row, whose value must still be finite.
 
-    keys, values: [B, Hkv, N, D] float32, bfloat16 or float16, each, with contiguous rows (any stride between them), on
-        the query's device or, for a CUDA query, in pinned host memory.
+    keys, values: [B, Hkv, N, D] float32, bfloat16 or float16 with contiguous rows (any stride between them), on the
+        query's device or, for a CUDA query, in pinned host memory.
     ids: [B, Hkv, T] (one list per kv head) or [B, H, T] (one per query head), int32 or int64, -1 pads; None attends to
         the first `lengths` rows.
     log_weights: w, broadcastable to [B, H, T], or with Hkv in place of H; None is 0. T is N where ids is None.
@@ -48,8 +48,8 @@ class WeightedPart:
         kv_heads = keys.shape[1]
         if kv_heads == 0 or heads % kv_heads:
             raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} kv heads")
-        if keys.dtype not in FLOAT_DTYPES or values.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"keys are {keys.dtype}, values {values.dtype}; must be of {_names(FLOAT_DTYPES)}")
+        if keys.dtype not in FLOAT_DTYPES or values.dtype != keys.dtype:
+            raise TypeError(f"keys are {keys.dtype}, values {values.dtype}; both must be one of {_names(FLOAT_DTYPES)}")
         for name, store in (("keys", keys), ("values", values)):
             if store.stride(3) != 1 and head_dim > 1:
                 raise ValueError(f"{name} have stride {store.stride(3)} in the last dimension, must be 1")

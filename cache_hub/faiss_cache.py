@@ -1,4 +1,4 @@
-"""Retrieval through the indexes of faiss, RetrievalAttention's baselines."""
+"""Retrieval through the indexes of faiss (with estimation none, RetrievalAttention's baselines)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact top-k retrieval: the oracle of every comparison (RetrievalAttention's "Flat")."""
+"""Exact top-k retrieval: the oracle of every comparison (with estimation none, RetrievalAttention's "Flat")."""
 
 from __future__ import annotations
 

@@ -44,4 +44,4 @@ class AttentionAwareGraphCache(TokenIndexCache):
         self.graph = settings.attention_aware_graph
         for group in itertools.chain.from_iterable(self._groups):
             assert isinstance(group.index, AttentionAwareGraphIndex)
-            group.index.options = self.graph
+            group.index.options = group.index.options.model_copy(update={"ef_search": self.graph.ef_search})

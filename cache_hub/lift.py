@@ -31,15 +31,18 @@ class SoftmaxLift:
     real traces it erred less than a sample for each head.
     """
 
-    def __init__(self, index: TokenIndex, generator: torch.Generator) -> None:
-        """index: an empty one, which is built over the keys with one more dimension."""
-        self.index, self._generator = index, generator
+    def __init__(self, index: TokenIndex, kv_heads: int, seed: int) -> None:
+        """index: an empty one, which is built over the keys with one more dimension. kv_heads: rows of one sequence;
+        every sequence has the same draws, so that its sample does not depend on the others of its batch."""
+        self.index, self._kv_heads, self._seed = index, kv_heads, seed
 
     def build(self, keys: Tensor, queries: Tensor, positions: Tensor | None = None) -> None:
         """As TokenIndex.build for keys [R, N, D] in CPU memory."""
         rows, tokens, dim = keys.shape
-        # Times sqrt(D), the keys' dimension one more.
-        self._minus_log_u = -(1 - torch.rand(rows, tokens, generator=self._generator)).log() * dim**0.5
+        generator = torch.Generator().manual_seed(self._seed)
+        log_u = (1 - torch.rand(self._kv_heads, tokens, generator=generator)).log()
+        # Times sqrt(D): the keys' dimension D + 1.
+        self._minus_log_u = (log_u * -(dim**0.5)).repeat(rows // self._kv_heads, 1)
         self.index.build(keys, queries, positions, self._minus_log_u)
 
     def search(self, queries: Tensor, k: int) -> tuple[Sample, SearchResult]:

@@ -6,6 +6,7 @@ import json
 from abc import abstractmethod
 from collections import defaultdict
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from config import RetroInferConfig
 
 
-# Of the prompt, each query head's: what the queries to come are taken to resemble.
+# Last prompt queries of each head that stand for the decode queries in the clusters' metric.
 _LATE_QUERIES = 512
 
 
@@ -77,18 +78,14 @@ class TokenIndexCache(KV_Cache):
         if not 0 <= estimation_budget <= 1:
             raise ValueError(f"estimation_budget: got {estimation_budget}, allowed: 0 to 1")
         self.estimation, self.estimation_budget = estimation, estimation_budget
-        self.sinks, self.window, self.top_k, self.min_indexed = (
-            static_pattern_start,
-            static_pattern_end,
-            top_k,
-            min_indexed,
-        )
+        self.sinks, self.window = static_pattern_start, static_pattern_end
+        self.top_k, self.min_indexed = top_k, min_indexed
         # Without a GPU the main thread computes too: torch's own thread count is the right one then.
         self.num_threads = core if self.devices[0].type == "cuda" else None
         self._groups: list[list[_Indexed]] = [[] for _ in self.devices]
         self._pending: Tensor | None = None
         self._tails: list[CentroidTail] = []
-        self._draws = torch.Generator().manual_seed(0)
+        self._tail_seconds = 0.0
         self._allocate()
 
     @classmethod
@@ -113,7 +110,9 @@ class TokenIndexCache(KV_Cache):
         options = self.options(settings)
         self.top_k, self.estimation = options["top_k"], options["estimation"]
         self.estimation_budget = options["estimation_budget"]
-        self._make_tails()
+        for stage in ("build", "cluster"):
+            self.stats.seconds[stage] = self._prompt_seconds.get(stage, 0.0)
+        self._use_tails()
 
     def rewind(self) -> None:
         for zone, generated in zip(self._zones, self.generated, strict=True):
@@ -179,7 +178,7 @@ class TokenIndexCache(KV_Cache):
         keys = self._keys[layer_idx][start_bdx : start_bdx + count, :, indexed.start : indexed.stop].flatten(0, 1)
         positions = torch.arange(length, device=q.device) - indexed.start
         index = self.new_index()
-        lift = SoftmaxLift(index, self._draws) if self.estimation == "softmax_lift" else None
+        lift = SoftmaxLift(index, self.kv_head, seed=layer_idx) if self.estimation == "softmax_lift" else None
         with self.stats.timed("build"):
             (lift or index).build(keys, queries.reshape(rows, self.group_size, length, self.head_dim), positions)
             late = queries[..., -_LATE_QUERIES:, :].reshape(rows, -1, self.head_dim).float()
@@ -190,17 +189,21 @@ class TokenIndexCache(KV_Cache):
 
     def prepare_cache(self) -> None:
         """Makes the clusters that stand for the rest, where they do."""
-        self._make_tails()
         self._prompt_seconds = dict(self.stats.seconds)
+        self._use_tails()
 
-    def _make_tails(self) -> None:
+    def _use_tails(self) -> None:
+        """Makes the tails if they are wanted and not there; their seconds count where they are used."""
         if self.estimation != "centroid":
             return
         if not self._tails:
-            with self.stats.timed("build"):
-                self._tails = [self._new_tail(layer_idx) for layer_idx in range(self.layer_num)]
+            begin = perf_counter()
+            self._tails = [self._new_tail(layer_idx) for layer_idx in range(self.layer_num)]
+            self._tail_seconds = perf_counter() - begin
         for tail in self._tails:
             tail.share = self.estimation_budget
+        for stage in ("build", "cluster"):
+            self.stats.seconds[stage] += self._tail_seconds
 
     def _new_tail(self, layer_idx: int) -> CentroidTail:
         tail = CentroidTail(self.batch_size, self.kv_head, self.head_dim, self.dtype, self.devices[layer_idx])
@@ -233,6 +236,8 @@ class TokenIndexCache(KV_Cache):
                         self._rows_of_values(ids, layer_idx),
                     )
                 self.stats.estimated += clusters
+                if self.estimation_budget < 1:
+                    self.stats.scored += self.num_heads * sum(self._tails[layer_idx].clusters)
                 parts += rest
         self._count_tokens(layer_idx)
         with self.stats.timed("attention"):
@@ -296,4 +301,5 @@ class TokenIndexCache(KV_Cache):
     @property
     def index_bytes(self) -> int:
         indexes = sum((group.lift or group.index).nbytes for groups in self._groups for group in groups)
-        return indexes + sum(tail.nbytes for tail in self._tails)
+        tails = self._tails if self.estimation == "centroid" else []
+        return indexes + sum(tail.nbytes for tail in tails)

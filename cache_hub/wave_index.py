@@ -84,8 +84,8 @@ class WaveIndex:
         an empty cluster ranks last.
         """
         batch, heads, _, dim = self.centroids.shape
-        grouped = (query.reshape(batch, heads, -1, dim).float() * dim**-0.5).to(self.centroids.dtype)
-        logits = (grouped @ self.centroids.transpose(2, 3)).float()
+        grouped = query.reshape(batch, heads, -1, dim).float() * dim**-0.5
+        logits = grouped @ self.centroids.float().transpose(2, 3)
         score = logits.masked_fill_(self._unused, -torch.inf).softmax(-1).sum(2)
         best = score.masked_fill_(self.sizes == 0, -1).topk(self._most, dim=-1).indices
         rank = torch.arange(self._most, device=best.device)

@@ -216,7 +216,7 @@ def _num_lists(part: WeightedPart) -> int:
 
 def _block_rows(part: WeightedPart) -> int:
     """Rows a program reads at a time: at most 16 KiB of keys, so that three stages fit any GPU's shared memory."""
-    row_bytes = part.keys.shape[3] * max(part.keys.element_size(), part.values.element_size())
+    row_bytes = part.keys.shape[3] * part.keys.element_size()
     return 64 if row_bytes <= 256 else 32
 
 

@@ -39,7 +39,7 @@ class AttentionAwareGraphIndex(TokenIndex):
         check_build(keys, queries, positions, extra)
         o = self.options
         rows = len(keys)
-        clock = _StageClock(self.build_seconds)
+        clock = _StageClock(self.build_seconds, queries.device)
         how = (o.graph_build_batch, o.knn_backend, self.num_threads)
         keys_there = keys.to(queries.device)
         if extra is not None:
@@ -140,11 +140,13 @@ class AttentionAwareGraphIndex(TokenIndex):
 class _StageClock:
     """Writes the seconds since the stage before into a dict."""
 
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self._seconds = seconds
+    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
+        self._seconds, self._device = seconds, device
         self._last = time.perf_counter()
 
     def stage(self, name: str) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         self._seconds[name] = now - self._last
         self._last = now

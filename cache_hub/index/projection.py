@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Pairs (key, candidate) that are scored at once: two float32 rows of each lie in memory.
+# Pairs (key, candidate) that are scored at once: three float32 rows of each lie in memory.
 _PAIRS_AT_ONCE = 1 << 20
 
 
@@ -59,18 +59,12 @@ def _prune_fill(keys: Tensor, pairs: Tensor, width: int) -> Tensor:
     by_node = ((node << 32) - _ordinal(scores)).argsort(stable=True)
     begin = torch.searchsorted(node, torch.arange(n + 1, device=keys.device))
     links = torch.full((n, width), -1, dtype=torch.int32, device=keys.device)
-    prune_fill_kernel[(n,)](
-        keys,
-        candidate[by_node],
-        scores[by_node],
-        begin,
-        links,
-        dim,
-        width,
-        BLOCK_W=triton.next_power_of_2(width),
-        BLOCK_D=triton.next_power_of_2(dim),
-        num_warps=1,
-    )
+    blocks = {"BLOCK_W": triton.next_power_of_2(width), "BLOCK_D": triton.next_power_of_2(dim)}
+    warps = 1 if blocks["BLOCK_W"] * blocks["BLOCK_D"] <= 2048 else 4
+    with torch.cuda.device_of(keys):
+        prune_fill_kernel[(n,)](
+            keys, candidate[by_node], scores[by_node], begin, links, dim, width, num_warps=warps, **blocks
+        )
     return links
 
 

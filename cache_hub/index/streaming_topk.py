@@ -25,21 +25,22 @@ def streaming_topk(keys: Tensor, queries: Tensor, visible: Tensor, k: int) -> Te
     """
     m, dim = queries.shape
     n = len(keys)
-    # Two tiles of 128 rows, or of 64 long ones: they fit the shared memory of any GPU since Ampere.
-    tile = 128 if dim * queries.element_size() <= 256 else 64
-    maxima = queries.new_empty(m, triton.cdiv(n, tile) * (tile // CHUNK), dtype=torch.float32)
     blocks = {"BLOCK_D": max(triton.next_power_of_2(dim), 16), "CHUNK": CHUNK}
-    chunk_maxima_kernel[(triton.cdiv(n, tile), triton.cdiv(m, tile))](
-        queries, keys, visible, maxima, m, n, dim, queries.stride(0), keys.stride(0), maxima.stride(0),
-        BLOCK_M=tile, BLOCK_N=tile, COMPUTE=_DOTS[queries.dtype if queries.is_cuda else torch.float32], num_warps=8,
-        **blocks,
-    )  # fmt: skip
-    chunks = maxima.topk(min(k, maxima.shape[1]), sorted=False).indices.int()
-    scores = queries.new_empty(m, chunks.shape[1] * CHUNK, dtype=torch.float32)
-    chunk_scores_kernel[(m,)](
-        queries, keys, visible, chunks, scores, n, dim, chunks.shape[1], queries.stride(0), keys.stride(0),
-        BLOCK_C=_BLOCK_C, num_warps=4, **blocks,
-    )  # fmt: skip
+    # Two tiles of 32 KiB at most: they fit the shared memory of any GPU since Ampere.
+    tile = min(128, max(32768 // (blocks["BLOCK_D"] * queries.element_size()), CHUNK))
+    maxima = queries.new_empty(m, triton.cdiv(n, tile) * (tile // CHUNK), dtype=torch.float32)
+    with torch.cuda.device_of(queries):
+        chunk_maxima_kernel[(triton.cdiv(n, tile), triton.cdiv(m, tile))](
+            queries, keys, visible, maxima, m, n, dim, queries.stride(0), keys.stride(0), maxima.stride(0),
+            BLOCK_M=tile, BLOCK_N=tile, COMPUTE=_DOTS[queries.dtype if queries.is_cuda else torch.float32], num_warps=8,
+            **blocks,
+        )  # fmt: skip
+        chunks = maxima.topk(min(k, maxima.shape[1]), sorted=False).indices.int()
+        scores = queries.new_empty(m, chunks.shape[1] * CHUNK, dtype=torch.float32)
+        chunk_scores_kernel[(m,)](
+            queries, keys, visible, chunks, scores, n, dim, chunks.shape[1], queries.stride(0), keys.stride(0),
+            BLOCK_C=_BLOCK_C, num_warps=4, **blocks,
+        )  # fmt: skip
     best, at = scores.topk(min(k, scores.shape[1]))
     ids = chunks.gather(1, at // CHUNK) * CHUNK + (at % CHUNK).int()
     ids.masked_fill_(best == float("-inf"), -1)

@@ -45,10 +45,11 @@ if __name__ == "__main__":
     compile_kernel(copy_rows_kernel, 80, copy_types, {"HEAD_DIM": 80, "BLOCK_N": 32, "BLOCK_D": 128})
     prune_types = {"keys": "*bf16", "candidates": "*i64", "scores": "*fp32", "begin": "*i64", "links": "*i32"}
     for capability in (80, 90):
-        compile_kernel(prune_fill_kernel, capability, prune_types, {"BLOCK_W": 16, "BLOCK_D": 128})
-        for dtype, tile in (("*bf16", 128), ("*fp32", 64)):
+        for width, dim in ((16, 64), (32, 256)):
+            compile_kernel(prune_fill_kernel, capability, prune_types, {"BLOCK_W": width, "BLOCK_D": dim})
+        for dtype, tile, dim in (("*bf16", 128, 128), ("*fp32", 64, 128), ("*fp32", 32, 256)):
             types = {"queries": dtype, "keys": dtype, "visible": "*i32"}
-            tiles = {"BLOCK_D": 128, "CHUNK": 32}
+            tiles = {"BLOCK_D": dim, "CHUNK": 32}
             compute = {"*bf16": tl.bfloat16, "*fp32": tl.float32}[dtype]
             maxima = {"BLOCK_M": tile, "BLOCK_N": tile, "COMPUTE": compute, **tiles}
             compile_kernel(chunk_maxima_kernel, capability, types | {"maxima": "*fp32"}, maxima)

@@ -47,8 +47,8 @@ def test_wrong_shapes(fields, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"keys": STORE.double()}, "keys are torch.float64, values torch.float32; must be of float32"),
-        ({"values": STORE.long()}, "keys are torch.float32, values torch.int64"),
+        ({"keys": STORE.double()}, "keys are torch.float64, values torch.float32; both must be one of float32"),
+        ({"values": STORE.half()}, "keys are torch.float32, values torch.float16"),
         ({"ids": IDS.float()}, "ids are torch.float32 on cpu, must be int32 or int64 on cpu"),
         ({"ids": IDS.bool()}, "ids are torch.bool"),
         ({"log_weights": torch.zeros(N, dtype=torch.int64)}, "log_weights are torch.int64 on cpu, must be floating"),

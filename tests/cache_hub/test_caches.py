@@ -75,6 +75,8 @@ def test_a_cache_rewound_and_retuned_answers_as_one_of_its_own(first: str, secon
         assert getattr(stats[0], counter) == getattr(stats[1], counter)
     assert all(cache.stats.agreement and cache.stats.agreement.steps.tolist() == [10, 10] for cache in caches.values())
     assert caches[first].stats.seconds["build"] > 0
+    assert (caches[first].stats.seconds["cluster"] > 0) == (second == "centroid")
+    assert caches[first].index_bytes == caches[second].index_bytes
 
 
 def test_settings_that_need_another_build_have_another_key() -> None:

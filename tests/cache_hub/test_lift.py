@@ -8,7 +8,7 @@ from cache_hub.lift import SoftmaxLift
 
 
 def lifted(keys: torch.Tensor, group: int, seed: int) -> SoftmaxLift:
-    lift = SoftmaxLift(make_index("flat"), torch.Generator().manual_seed(seed))
+    lift = SoftmaxLift(make_index("flat"), len(keys), seed)
     lift.build(keys, torch.zeros(len(keys), group, 1, keys.shape[2]))
     return lift
 
@@ -97,3 +97,11 @@ def test_an_extra_dimension_that_does_not_fit_is_refused(extra: torch.Tensor) ->
 def test_the_sample_costs_four_bytes_a_token_beside_the_index() -> None:
     lift = lifted(torch.randn(2, 100, 64).bfloat16(), 1, 0)
     assert lift.nbytes == 2 * 100 * 4
+
+
+def test_a_sequence_draws_the_same_in_any_batch() -> None:
+    keys, query = torch.randn(4, 100, 64), torch.randn(4, 3, 64)
+    both, alone = (SoftmaxLift(make_index("flat"), 2, 0) for _ in range(2))
+    both.build(keys, torch.zeros(4, 3, 1, 64))
+    alone.build(keys[2:], torch.zeros(2, 3, 1, 64))
+    assert torch.equal(both.search(query, 10)[0].ids[2:], alone.search(query[2:], 10)[0].ids)
