@@ -39,7 +39,7 @@ from .reference import exact_attention, relative_errors
 from .traces import LayerTrace, TraceFolder, open_folder
 
 WAVE = ClusterRule("wave")
-TREE = ClusterRule("metric", TOKENS_PER_CLUSTER, 512)
+TAIL = ClusterRule("metric", TOKENS_PER_CLUSTER, 512)
 OTHER_RULES = (
     ClusterRule("metric", 16, 512),
     ClusterRule("metric", 8, 512),
@@ -67,26 +67,26 @@ def variants(top_k: list[int]) -> dict[str, Variant]:
             for key, corrected in (("kept", False), ("corrected", True)):
                 name = f"top {k} + {share:g} of {WAVE.name}, centroid {key}"
                 rows[name] = partial(estimates.top_with_tail, count=k, rule=WAVE, share=share, corrected=corrected)
-        for rule in (TREE, *OTHER_RULES):
+        for rule in (TAIL, *OTHER_RULES):
             rows[f"top {k} + {rule.name}"] = partial(estimates.top_with_tail, count=k, rule=rule)
         for key, changes in (("bfloat16", {"rounded": True}), ("centroid corrected", {"corrected": True})):
-            rows[f"top {k} + {TREE.name}, {key}"] = partial(estimates.top_with_tail, count=k, rule=TREE, **changes)
+            rows[f"top {k} + {TAIL.name}, {key}"] = partial(estimates.top_with_tail, count=k, rule=TAIL, **changes)
         for sample in ("own u", "own", "union"):
             rows[f"lift, {k} draws, {sample}"] = partial(estimates.lift, draws=k, sample=sample)
         for near in NEAR_SHARES:
-            rows[f"top {k // 2}, {k - k // 2} draws in the nearest {near:g} of {TREE.name}, centroids beyond"] = (
-                partial(estimates.near_lift_far_centroids, count=k, rule=TREE, near_share=near)
+            rows[f"top {k // 2}, {k - k // 2} draws in the nearest {near:g} of {TAIL.name}, centroids beyond"] = (
+                partial(estimates.near_lift_far_centroids, count=k, rule=TAIL, near_share=near)
             )
     for k in MORE_TOKENS:
         rows[f"top {k}"] = partial(estimates.top, count=k, united=True)
     for k in (*FEWER_TOKENS, *top_k):
         for share in SHARES:
-            name = f"top {k} + {TREE.name}" if share == 1 else f"top {k} + {share:g} of {TREE.name}"
-            rows[name] = partial(estimates.top_with_tail, count=k, rule=TREE, share=share)
+            name = f"top {k} + {TAIL.name}" if share == 1 else f"top {k} + {share:g} of {TAIL.name}"
+            rows[name] = partial(estimates.top_with_tail, count=k, rule=TAIL, share=share)
     for bound in BOUNDS:
-        for key, tail in (("", False), (f" + {TREE.name}", True)):
+        for key, tail in (("", False), (f" + {TAIL.name}", True)):
             name = f"until {bound:g} is missing, at most {MOST_TOKENS}{key}"
-            rows[name] = partial(estimates.adaptive, bound=bound, most=MOST_TOKENS, rule=TREE, tail=tail)
+            rows[name] = partial(estimates.adaptive, bound=bound, most=MOST_TOKENS, rule=TAIL, tail=tail)
     budgets = {"retrieval_budget": RETRIEVAL_BUDGET, "estimation_budget": ESTIMATION_BUDGET}
     rows["wave index"] = partial(estimates.wave, **budgets)
     return rows
