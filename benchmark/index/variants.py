@@ -46,11 +46,12 @@ OTHER_RULES = (
     ClusterRule("metric", TOKENS_PER_CLUSTER, 64),
     ClusterRule("metric", TOKENS_PER_CLUSTER),
     ClusterRule("euclidean", TOKENS_PER_CLUSTER),
+    ClusterRule("euclidean", 16),
 )
 SHARES = (0.1, 0.232, 0.5, 1.0)
-MORE_TOKENS = (200, 400, 800, 1600)
-FEWER_TOKENS = (16, 32, 64)
-NEAR_SHARES = (0.02, 0.1, 0.3)
+# Counts to compare at equal bytes: without a tail, with all of its clusters, with some of them.
+WITHOUT_TAIL, WITH_TAIL, WITH_SOME = (200, 400, 800, 1600), (16, 32, 64, 200, 400), (16, 32, 64)
+NEAR_SHARES = (0.02, 0.1, 0.3, 1.0)
 BOUNDS, MOST_TOKENS = (0.1, 0.05, 0.02), 400
 SAMPLES, SEED = 4, 0
 
@@ -69,26 +70,30 @@ def variants(top_k: list[int]) -> dict[str, Variant]:
                 rows[name] = partial(estimates.top_with_tail, count=k, rule=WAVE, share=share, corrected=corrected)
         for rule in (TAIL, *OTHER_RULES):
             rows[f"top {k} + {rule.name}"] = partial(estimates.top_with_tail, count=k, rule=rule)
-        for key, changes in (("bfloat16", {"rounded": True}), ("centroid corrected", {"corrected": True})):
-            rows[f"top {k} + {TAIL.name}, {key}"] = partial(estimates.top_with_tail, count=k, rule=TAIL, **changes)
+        rows[f"top {k} + {TAIL.name}, bfloat16"] = partial(estimates.top_with_tail, count=k, rule=TAIL, rounded=True)
+        rows[f"top {k} + {TAIL.name}, centroid corrected"] = partial(
+            estimates.top_with_tail, count=k, rule=TAIL, corrected=True
+        )
         for sample in ("own u", "own", "union"):
             rows[f"lift, {k} draws, {sample}"] = partial(estimates.lift, draws=k, sample=sample)
         for near in NEAR_SHARES:
             rows[f"top {k // 2}, {k - k // 2} draws in the nearest {near:g} of {TAIL.name}, centroids beyond"] = (
                 partial(estimates.near_lift_far_centroids, count=k, rule=TAIL, near_share=near)
             )
-    for k in MORE_TOKENS:
+    for k in WITHOUT_TAIL:
         rows[f"top {k}"] = partial(estimates.top, count=k, united=True)
-    for k in (*FEWER_TOKENS, *top_k):
-        for share in SHARES:
-            name = f"top {k} + {TAIL.name}" if share == 1 else f"top {k} + {share:g} of {TAIL.name}"
-            rows[name] = partial(estimates.top_with_tail, count=k, rule=TAIL, share=share)
+    for k in WITH_TAIL:
+        rows[f"top {k} + {TAIL.name}"] = partial(estimates.top_with_tail, count=k, rule=TAIL)
+    for k in sorted({*WITH_SOME, *top_k}):
+        for share in SHARES[:-1]:
+            rows[f"top {k} + {share:g} of {TAIL.name}"] = partial(
+                estimates.top_with_tail, count=k, rule=TAIL, share=share
+            )
     for bound in BOUNDS:
         for key, tail in (("", False), (f" + {TAIL.name}", True)):
             name = f"until {bound:g} is missing, at most {MOST_TOKENS}{key}"
             rows[name] = partial(estimates.adaptive, bound=bound, most=MOST_TOKENS, rule=TAIL, tail=tail)
-    budgets = {"retrieval_budget": RETRIEVAL_BUDGET, "estimation_budget": ESTIMATION_BUDGET}
-    rows["wave index"] = partial(estimates.wave, **budgets)
+    rows["wave index"] = partial(estimates.wave, retrieval_budget=RETRIEVAL_BUDGET, estimation_budget=ESTIMATION_BUDGET)
     return rows
 
 
