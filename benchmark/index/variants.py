@@ -200,7 +200,7 @@ def run(args: argparse.Namespace) -> str:
             raise ValueError(f"traces: {folder.path} has {folder.tokens} tokens, allowed: at least {least}")
     if len({folder.digest for folder in folders}) < len(folders):
         raise ValueError("traces: the same trace is given twice, allowed: once")
-    chosen, records = variants(top_k), []
+    chosen, records, where = variants(top_k), [], environment()
     for folder in folders:
         queries = folder.load(next(iter(folder.files))).tests.shape[2]
         records.append(
@@ -215,7 +215,7 @@ def run(args: argparse.Namespace) -> str:
             }
         )
     config = {"top_k": top_k, "layers": layers or "all", "samples": SAMPLES, "seed": SEED, "static": [SINKS, WINDOW]}
-    write_json(args.output, {"config": config, "environment": environment(), "traces": records})
+    write_json(args.output, {"config": config, "environment": where, "traces": records})
     return "\n\n".join(table(record) for record in records)
 
 
