@@ -104,6 +104,22 @@ def test_retrieving_everything_on_a_gpu_with_the_prompt_in_pinned_memory(strateg
     assert relative_error(run.decode(cache), run.full_attention()) < 1e-4
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("estimation", ESTIMATIONS)
+@pytest.mark.parametrize("strategy", ["flat", "attention_aware_graph"])
+def test_a_gpu_estimates_as_a_cpu_does(strategy: str, estimation: str) -> None:
+    """Near ties may fall otherwise in clusters and graphs, so on average over steps and heads."""
+    graph = {"top_k": 20, "estimation": estimation, "index_dtype": "auto"}
+    outs = []
+    for device in ("cpu", "cuda:0"):
+        run = Run([700, 300], device=device)
+        cache = make_cache(strategy, RetroInferConfig(attention_aware_graph=graph), **run.common())
+        run.prefill(cache)
+        outs.append(run.decode(cache).cpu())
+    assert ((outs[1] - outs[0]).norm(dim=-1) / outs[0].norm(dim=-1)).mean() < 0.02
+
+
 def test_flat_attends_to_the_exact_top_k_of_the_group_and_the_static_tokens() -> None:
     run, top_k = Run([200]), 7
     cache = FlatCache(static_pattern_start=4, static_pattern_end=16, top_k=top_k, **run.common())

@@ -78,6 +78,18 @@ def test_parts_are_the_clusters_less_what_was_retrieved(
     assert round(float(tokens)) == rows[0] * rows[1] * (n - retrieved)
 
 
+def test_a_bfloat16_store_loses_no_more_than_its_rounding() -> None:
+    torch.manual_seed(0)
+    keys, values = torch.randn(1, 2, 400, 64).bfloat16(), torch.randn(1, 2, 400, 64).bfloat16()
+    tail = CentroidTail(1, 2, 64, torch.bfloat16, torch.device("cpu"))
+    tail.add(slice(0, 1), keys, values, moment(2, 64))
+    ids, query = some_ids((1, 2), 400, 100), torch.randn(1, 1, 6, 64)
+    parts, _ = tail.parts(query, ids, rows_at(values, ids))
+    expected = plain(tail, query, values, ids)
+    error = (reference_weighted_decode_attention(query, parts) - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.max() < 0.02
+
+
 def test_nothing_is_left_where_everything_is_retrieved() -> None:
     tail, _, values = make((1, 2), 50, 64)
     ids = torch.arange(50).expand(1, 2, 50).int()
