@@ -126,7 +126,8 @@ def compare(
 
 def greedy(llm: LLM, cache: KV_Cache, logits: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """The greedy answer [tokens] and the log-probabilities [tokens, V] that it was chosen by."""
-    chosen, seen = [], []
+    chosen: list[Tensor] = []
+    seen: list[Tensor] = []
     while len(chosen) < tokens:
         if chosen:
             logits = llm.decode_step(chosen[-1], cache)
