@@ -9,8 +9,8 @@ from model_hub import LLM, GenerationTiming
 
 from .results import peak_memory_bytes
 
-_BUILD_STAGES = ("query_key_knn", "key_key_knn", "projection", "index")
-_DECODE_STAGES = ("search", "estimate", "attention")
+_BUILD_STAGES = ("query_key_knn", "key_key_knn", "projection", "index", "cluster")
+_DECODE_STAGES = ("search", "estimate", "attention", "admit", "update")
 
 
 def measure(

@@ -20,6 +20,7 @@ from model_hub import LLM, load_model, load_tokenizer
 
 from .command import exit_status
 from .launcher import default_device
+from .models import SHORT_NAMES, full_name
 from .needle import TEXT
 from .results import check_writable, environment, write_json
 from .shared_builds import PrefilledCaches, shared_builds
@@ -32,7 +33,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="benchmark.next_token", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add, gpu = parser.add_argument, torch.cuda.is_available()
-    add("--model_name", "--model", default="SmolLM2-135M-Instruct", help="hub name, folder or .gguf file")
+    add("--model_name", "--model", default="smollm2-135m", help=f"{', '.join(SHORT_NAMES)}, hub name, folder or .gguf")
+    add("--lora", help="PEFT LoRA folder to merge; 'none' keeps the default model without its adapter")
     add("--context_len", type=int, default=8192, help="tokens of prompt and answer together")
     add("--tokens", type=int, default=256, help="of each answer")
     add("--prompts", type=int, default=4, help="parts of the book, evenly spaced")
@@ -50,6 +52,7 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError(f"tokens: got {args.tokens}, allowed: 1 to {args.context_len - 1} (context_len - 1)")
     if args.prompts < 1:
         raise ValueError(f"prompts: got {args.prompts}, allowed: >= 1")
+    args.model_name = full_name(args.model_name)
     attn_config = config_from_args(args, args.model_name, args.context_len)
     settings = RetroInferConfig(**attn_config["RetroInfer"])
     names = list(dict.fromkeys(["full", *args.strategies.split(",")]))
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> str:
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     where = environment()
     tokenizer = load_tokenizer(args.model_name)
-    llm = load_model(args.model_name, args.context_len, args.dtype, args.device, tokenizer)
+    llm = load_model(args.model_name, args.context_len, args.dtype, args.device, tokenizer, args.lora)
     llm.progress = False
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number in tqdm(range(args.prompts), unit="prompt", disable=None):
@@ -123,20 +126,21 @@ def compare(
 
 def greedy(llm: LLM, cache: KV_Cache, logits: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """The greedy answer [tokens] and the log-probabilities [tokens, V] that it was chosen by."""
-    chosen, seen = [], []
-    for _ in range(tokens):
+    chosen: list[Tensor] = []
+    seen: list[Tensor] = []
+    while len(chosen) < tokens:
+        if chosen:
+            logits = llm.decode_step(chosen[-1], cache)
         seen.append(logits[0].log_softmax(-1))
         chosen.append(logits.argmax(-1))
-        logits = llm.decode_step(chosen[-1], cache)
     return torch.cat(chosen), torch.stack(seen)
 
 
 def fed(llm: LLM, cache: KV_Cache, logits: Tensor, forced: Tensor) -> Tensor:
     """The log-probabilities [tokens, V] before each of the forced tokens [tokens]."""
-    seen = []
-    for token in forced:
-        seen.append(logits[0].log_softmax(-1))
-        logits = llm.decode_step(token[None], cache)
+    seen = [logits[0].log_softmax(-1)]
+    for token in forced[:-1]:
+        seen.append(llm.decode_step(token[None], cache)[0].log_softmax(-1))
     return torch.stack(seen)
 
 

@@ -7,6 +7,7 @@ Layout of a results folder:
     <strategy>/<task>.jsonl          records in the samples' order, written whole when the last sample is there
     <strategy>/<task>.timing.jsonl   seconds of the same samples, which differ from run to run
     results.json                     scores, mean costs, protocol, environment
+    .lock                            held by the process that writes the final files
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from model_hub import LLM, GenerationTiming
 
 from .launcher import Shard
 from .measure import record
-from .results import environment, write_json, write_text
+from .results import environment, locked, write_json, write_text
 from .shared_builds import PrefilledCaches
 
 _TIMINGS = (
@@ -39,6 +40,8 @@ _TIMINGS = (
     "ms_by_stage",
     "peak_memory_bytes",
 )
+# of records, in results.json; those of earlier versions may lack estimated_share
+MEAN_COSTS = ("attended_share", "estimated_share", "scored_share", "index_bytes", "kv_bytes", "recall", "mass")
 
 
 @dataclass(frozen=True)
@@ -108,19 +111,22 @@ def run_tasks(
                     fresh = [line for line in lines if line["record"]["id"] not in done[strategy]]
                     _append(_part(folder, strategy, task, shard), fresh)
                 bar.update(len(batch))
-        for strategy in strategies:
-            finish(folder, strategy, task)
-    write_results(folder, tasks, strategies)
+        with locked(folder):
+            for strategy in strategies:
+                finish(folder, strategy, task)
+    with locked(folder):
+        write_results(folder, tasks, strategies)
 
 
 def keep_protocol(folder: Path, protocol: dict[str, Any]) -> None:
     """Writes protocol.json, or compares with the one that is there. ValueError names the settings that differ."""
     path = folder / "protocol.json"
     folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        write_json(path, protocol)
-        return
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    with locked(folder):
+        if not path.exists():
+            write_json(path, protocol)
+            return
+        earlier = json.loads(path.read_text(encoding="utf-8"))
     differing = sorted(key for key in {*earlier, *protocol} if earlier.get(key) != protocol.get(key))
     if differing:
         told = "; ".join(f"{key}: {earlier.get(key)!r} there, {protocol.get(key)!r} now" for key in differing)
@@ -163,8 +169,8 @@ def write_results(folder: Path, tasks: list[Task], strategies: list[str]) -> Non
             scores = task.score(records)
             means = {
                 key: sum(float(record[key]) for record in records) / len(records)
-                for key in ("attended_share", "scored_share", "index_bytes", "kv_bytes", "recall", "mass")
-                if all(record[key] is not None for record in records)
+                for key in MEAN_COSTS
+                if all(record.get(key) is not None for record in records)
             }
             score = sum(scores) / len(scores)
             scored[strategy][task.name] = {"score": score, "samples": len(scores), "scores": scores, **means}

@@ -22,9 +22,10 @@ class Variant:
 
 
 def shared_builds(names: Sequence[str], settings: RetroInferConfig) -> list[list[Variant]]:
-    """The variants of these names, those together that one filled cache can serve. ConfigError as with_estimation."""
+    """The variants of these names, each once, those together that one filled cache can serve. ConfigError as
+    with_estimation."""
     builds: dict[str, list[Variant]] = {}
-    for name in names:
+    for name in dict.fromkeys(names):
         variant = Variant(name, *with_estimation(name, settings))
         key = f"{variant.strategy} {STRATEGIES[variant.strategy].build_key(variant.settings)}"
         builds.setdefault(key, []).append(variant)

@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from benchmark.results import write_json
+from benchmark.results import locked, write_json
 from benchmark.runner import read_records, run_tasks
 from config import RetroInferConfig, resolve_strategy, with_estimation
 from model_hub import load_model, load_tokenizer
@@ -104,7 +104,8 @@ def run_job(job: Job) -> dict[str, list[dict[str, Any]]]:
         batch_size=job.batch_size,
         diagnose=job.diagnose,
     )
-    _keep_left_out(job.folder, left_out)
+    with locked(job.folder):
+        _keep_left_out(job.folder, left_out)
     return sources
 
 

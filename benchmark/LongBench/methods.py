@@ -21,6 +21,9 @@ KVCACHE_FACTORY_METHODS = (
 )
 
 
+DEFAULT_CAPACITY = 512
+
+
 def strategy_of(method: str) -> str:
     """The strategy that a method's name means, whatever its case, hyphens and underscores ("StreamingLLM" is
     streaming_llm); FullKV is full. ValueError for one that does not exist (yet), listing the known."""
@@ -32,19 +35,33 @@ def strategy_of(method: str) -> str:
     raise ValueError(f"method: got {method!r}{hint}; known: FullKV, {', '.join(RETRIEVAL_STRATEGIES)}")
 
 
+def capacity_of(strategy: str, given: int | None, ratio: float) -> int:
+    """The budget that holds: the given one, else KVCache-Factory's default, and -1 for the wave index, which reads no
+    top_k. ValueError where one is given for it."""
+    if strategy != "wave_index":
+        return DEFAULT_CAPACITY if given is None else given
+    for name, value in (("max_capacity_prompts", given), ("max_capacity_prompts_ratio", ratio)):
+        if value not in (None, -1):
+            raise ValueError(
+                f"{name}: got {value}, allowed: -1 or not given: the budgets of wave_index are retrieval_budget and "
+                "estimation_budget"
+            )
+    return -1
+
+
 def top_k_of_budget(strategy: str, capacity: int, ratio: float, settings: Any) -> int | None:
     """The top_k that a budget stands for; None where it sets none.
 
     KVCache-Factory's capacity counts every token of the prompt that a head keeps, its window included. So top_k is
     capacity less the sinks and the window of `settings` (a RetroInferConfig). It is set for full attention too, which
-    does not use it, where the budget allows: one results folder has one configuration.
+    does not use it, where the budget allows: one results folder has one configuration. The wave index has no top_k.
     Raises ValueError for a budget that leaves nothing to retrieve and for a share of the prompt: one top_k holds for
     all prompts of a run.
     """
     static = settings.static_pattern_start + settings.static_pattern_end
     if capacity > static:
         return capacity - static
-    if strategy == "full":
+    if strategy in ("full", "wave_index"):
         return None
     if capacity == -1 and ratio != -1:
         raise ValueError(
@@ -60,11 +77,22 @@ def top_k_of_budget(strategy: str, capacity: int, ratio: float, settings: Any) -
 def describe_budget(capacity: int, top_k: int | None, settings: Any) -> str:
     """What the budget counts, for protocol.json."""
     if top_k is None:
-        return "not used: full attention reads all tokens"
+        return (
+            "not used: full attention reads all tokens, the wave index what retrieval_budget "
+            f"{settings.retrieval_budget} and estimation_budget {settings.estimation_budget} say"
+        )
+    graph = settings.attention_aware_graph
+    estimated = {
+        "none": "nothing stands for the other tokens",
+        "softmax_lift": "top_k counts draws, whose weights stand for the other tokens (softmax_lift)",
+        "centroid": f"clusters stand for the other tokens (centroid), and estimation_budget {graph.estimation_budget} "
+        "of them are read on top",
+    }
     return (
         f"{capacity} tokens of the prompt per query head: {settings.static_pattern_start} sinks, "
         f"{settings.static_pattern_end} window tokens and top_k {top_k}; a kv head reads the union over its query "
-        "heads; generated tokens come on top; full attention reads all tokens whatever the budget"
+        f"heads; {estimated[graph.estimation]}; generated tokens come on top; full attention "
+        "reads all tokens whatever the budget"
     )
 
 

@@ -21,7 +21,7 @@ import torch
 from benchmark.command import exit_status
 from benchmark.launcher import default_device
 from benchmark.models import SHORT_NAMES, full_name
-from benchmark.results import write_json
+from benchmark.results import locked, write_json
 from config import add_config_args, config_from_args
 
 from .catalog import CATEGORY_OF_SHORT, choose_datasets
@@ -94,11 +94,12 @@ def run(args: argparse.Namespace) -> str:
     )
     run_job(job)
     predictions = args.save_dir / f"pred{suffix}" / label
-    for strategy, records in finished_records(job.folder).items():
-        write_upstream(predictions / strategy, records, args.e)
-    summary = summarise(job.folder, args.e)
     predictions.mkdir(parents=True, exist_ok=True)
-    write_json(predictions / "summary.json", summary)
+    with locked(job.folder):
+        for strategy, records in finished_records(job.folder).items():
+            write_upstream(predictions / strategy, records, args.e)
+        summary = summarise(job.folder, args.e)
+        write_json(predictions / "summary.json", summary)
     return report(summary)
 
 

@@ -27,13 +27,20 @@ from benchmark.launcher import default_device
 from benchmark.LongBench.catalog import ENGLISH_AND_CODE, choose_datasets
 from benchmark.LongBench.evaluation import Job, finished_records, run_job
 from benchmark.LongBench.layouts import write_kvcache_factory
-from benchmark.LongBench.methods import KVCACHE_FACTORY_METHODS, describe_budget, strategy_of, top_k_of_budget
+from benchmark.LongBench.methods import (
+    DEFAULT_CAPACITY,
+    KVCACHE_FACTORY_METHODS,
+    capacity_of,
+    describe_budget,
+    strategy_of,
+    top_k_of_budget,
+)
 from benchmark.LongBench.protocols import PROTOCOLS
 from benchmark.LongBench.records import LAYOUT
 from benchmark.LongBench.run import comma_list
 from benchmark.LongBench.summary import report, summarise
 from benchmark.models import full_name
-from benchmark.results import environment, write_json
+from benchmark.results import environment, locked, write_json
 from config import RETRIEVAL_STRATEGIES, RetroInferConfig, add_config_args, config_from_args
 
 DATA_FOLDER = Path("data/LongBench")
@@ -56,8 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--max_capacity_prompts",
         "--budget",
         type=int,
-        default=512,
-        help="tokens per query head, sinks and window included",
+        help=f"tokens per query head, sinks and window included (default: {DEFAULT_CAPACITY}; wave_index has none)",
     )
     parser.add_argument(
         "--max_capacity_prompts_ratio", type=float, default=-1, help="with FullKV only, which ignores it"
@@ -88,8 +94,11 @@ def run(args: argparse.Namespace) -> str:
     if args.eval_batch_size != 1:
         raise ValueError(f"eval_batch_size: got {args.eval_batch_size}, allowed: 1")
     model, strategy = full_name(args.model_path), strategy_of(args.method)
-    capacity = args.max_capacity_prompts
+    capacity = capacity_of(strategy, args.max_capacity_prompts, args.max_capacity_prompts_ratio)
+    args.max_capacity_prompts = capacity
     if args.top_k is not None:
+        if strategy == "wave_index":
+            raise ValueError(f"top_k: got {args.top_k}, allowed: not given: wave_index has none")
         raise ValueError(f"top_k: got {args.top_k}, but max_capacity_prompts {capacity} sets it; allowed: one of them")
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     settings = RetroInferConfig(**config_from_args(args, model, 1 << 17)["RetroInfer"])
@@ -116,13 +125,14 @@ def run(args: argparse.Namespace) -> str:
         notes={"budget": describe_budget(capacity, args.top_k, settings)},
     )
     sources = run_job(job)
-    finished = finished_records(job.folder).get(strategy, {})
-    write_kvcache_factory(
-        folder, args.method, {name: finished[name] for name in job.datasets if name in finished}, sources
-    )
-    summary = summarise(job.folder)
-    write_json(folder / "summary.json", summary)
-    _write_meta(folder / "run_meta.json", args.method, arguments, summary["config"])
+    with locked(job.folder):
+        finished = finished_records(job.folder).get(strategy, {})
+        write_kvcache_factory(
+            folder, args.method, {name: finished[name] for name in job.datasets if name in finished}, sources
+        )
+        summary = summarise(job.folder)
+        write_json(folder / "summary.json", summary)
+        _write_meta(folder / "run_meta.json", args.method, arguments, summary["config"])
     return report(summary)
 
 

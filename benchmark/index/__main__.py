@@ -15,6 +15,7 @@ import torch
 
 from model_hub.loading import DTYPES
 
+from ..command import exit_status
 from .bench import Bench
 from .layers import parse_layers
 from .measures import METRICS
@@ -66,12 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"benchmark.index: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("benchmark.index", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+from config.schema import ESTIMATING
+
 _COSTS = (
     "tokens_attended",
     "rows_estimated",
@@ -73,15 +75,19 @@ def _group(model: str, length: int, rows: Sequence[dict[str, Any]]) -> Group:
 
 
 def _average(rows: Sequence[dict[str, Any]]) -> Average:
-    estimation = rows[0]["set"].get("attention_aware_graph.estimation", "none")
-    series = rows[0]["strategy"] + ("" if estimation == "none" else f" + {estimation}")
     measured = [_values(row) for row in rows]
     values = {}
     for key in measured[0]:
         stated = [each[key] for each in measured if key in each]
         worst = max if key == "error_worst" else min if key.endswith("_worst") else None
         values[key] = worst(stated) if worst else sum(stated) / len(stated)
-    return Average(rows[0]["name"], series, _top_k(rows[0]), len(rows), values)
+    return Average(rows[0]["name"], _series(rows[0]), _top_k(rows[0]), len(rows), values)
+
+
+def _series(row: dict[str, Any]) -> str:
+    """The strategy, with the estimation that was in force where it has one, whether its row or a default set it."""
+    estimation = row["settings"]["attention_aware_graph"]["estimation"] if row["strategy"] in ESTIMATING else "none"
+    return row["strategy"] + ("" if estimation == "none" else f" + {estimation}")
 
 
 def _top_k(row: dict[str, Any]) -> int:

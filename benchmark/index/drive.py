@@ -64,6 +64,13 @@ def fill(
 
 
 @torch.inference_mode()
+def go_over(cache: KV_Cache, settings: RetroInferConfig) -> None:
+    """To settings that the filled cache can serve; its seconds are then those of building what they need."""
+    cache.rewind()
+    cache.retune(settings)
+
+
+@torch.inference_mode()
 def ask(cache: KV_Cache, trace: LayerTrace) -> Answers:
     """Asks every test query in order; no token is added between them, so that all see the prompt and nothing else."""
     stats = cache.stats

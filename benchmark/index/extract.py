@@ -19,8 +19,10 @@ import torch
 
 from model_hub import LLM, load_model, load_tokenizer
 
+from ..command import exit_status
+from ..launcher import default_device
+from ..models import SHORT_NAMES, full_name
 from ..results import environment, write_json
-from ..ruler.options import SHORT_NAMES
 from ..ruler.sources import Sources
 from .layers import parse_layers
 from .prompts import Prompt, ruler_prompt, text_prompt
@@ -38,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model_name", default="smollm2-135m", help=f"{', '.join(SHORT_NAMES)}, hub name, folder or .gguf")
     add("--lora", help="PEFT LoRA folder to merge; 'none' keeps the default model without its adapter")
-    add("--device", default="cuda:0" if gpu else "cpu", help="cpu, cuda:N, or auto: all GPUs")
+    add("--device", default=default_device(), help="cpu, cuda:N, or auto: all GPUs")
     add("--dtype", default="bf16" if gpu else "fp32", choices=["fp16", "bf16", "fp32"])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--task", help="a RULER task: niah_multikey_3, vt, fwe, ..")
@@ -60,8 +62,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Raises ValueError for bad arguments, for a folder that holds another trace, for states above float16's range."""
+def run(args: argparse.Namespace) -> str:
+    """Makes the trace and says what was done.
+
+    Raises ValueError for bad arguments, for a folder that holds another trace, for states above float16's range.
+    """
     if args.context_len < 1 or args.decode_tokens < 0:
         raise ValueError(
             f"context_len, decode_tokens: got {args.context_len}, {args.decode_tokens}, allowed: >= 1, >= 0"
@@ -69,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     layers = None if args.layers is None else parse_layers(args.layers)
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"output: got the file {args.output}, allowed: a folder")
-    model_name = SHORT_NAMES.get(args.model_name.lower(), args.model_name)
+    model_name = full_name(args.model_name)
     tokenizer = load_tokenizer(model_name)
     if args.text is not None:
         prompt = text_prompt(tokenizer, args.text, args.context_len)
@@ -90,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     llm = load_model(model_name, length, args.dtype, args.device, tokenizer, args.lora)
     args.output.mkdir(parents=True, exist_ok=True)
     told = record(llm, prompt, args.decode_tokens, layers, args.output, protocol, earlier, tokenizer)
-    print(f"{args.output}: {told}")
+    return f"{args.output}: {told}"
 
 
 def check_same(folder: Path, protocol: dict[str, Any]) -> dict[str, Any]:
@@ -165,12 +170,7 @@ def record(
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
-        print(f"benchmark.index.extract: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("benchmark.index.extract", lambda: run(args))
 
 
 if __name__ == "__main__":

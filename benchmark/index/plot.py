@@ -14,6 +14,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..command import exit_status
 from ..report.blocks import Block, Cell, Heading, Image, Images, Paragraph, Table, to_markdown
 from ..report.text import mebibytes, number, tokens
 from ..results import write_text
@@ -149,12 +150,7 @@ def figures(group: Group) -> list[Image]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        print(make_plots(args.results, args.output), end="")
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"benchmark.index.plot: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("benchmark.index.plot", lambda: make_plots(args.results, args.output).rstrip("\n"))
 
 
 if __name__ == "__main__":

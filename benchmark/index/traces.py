@@ -15,6 +15,7 @@ import re
 import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,13 @@ class TraceFolder:
     def name(self) -> str:
         return self.path.resolve().name
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Of how it was made and of the files' names and sizes: another trace under the same name has another one."""
+        """Of how it was made, the files' names and their arrays' checksums: another trace under the same name has
+        another one."""
         made = [self.info.get("protocol"), self.info.get("decoded")]
-        sizes = [(p.name, p.stat().st_size) for heads in self.files.values() for p in heads.values()]
-        return hashlib.sha256(json.dumps([made, sizes], sort_keys=True).encode()).hexdigest()[:12]
+        arrays = [(p.name, _checksums(p)) for heads in self.files.values() for p in heads.values()]
+        return hashlib.sha256(json.dumps([made, arrays], sort_keys=True).encode()).hexdigest()[:12]
 
     def load(self, layer: int) -> LayerTrace:
         """Reads a layer. Raises ValueError as read_file, and where kv heads differ in shape or there is no prompt."""
@@ -130,6 +132,12 @@ def open_folder(path: Path, layers: Collection[int] | None = None) -> TraceFolde
         told = ", ".join(f"layer {layer} {list(shape)}" for layer, shape in shapes.items())
         raise ValueError(f"traces: {path} mixes prompts, [kv heads, g, n, t] are {told}; allowed: the same for all")
     return replace(folder, tokens=shapes[chosen[0]][2])
+
+
+def _checksums(path: Path) -> list[tuple[str, int]]:
+    """Name and CRC of every array of a file, from the archive's table."""
+    with zipfile.ZipFile(path) as archive:
+        return [(member.filename, member.CRC) for member in archive.infolist()]
 
 
 def read_info(path: Path) -> dict[str, Any]:

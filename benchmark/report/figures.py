@@ -20,7 +20,8 @@ MARKERS_LABELLED = 24
 
 
 def score_against_cost(estimates: Estimates) -> Image | None:
-    """Mean score against index bytes and tokens attended, a marker for each row and length; None without costs."""
+    """Mean score against index bytes and the KV bytes that a step reads, a marker for each row and length;
+    None without costs."""
     group, points = estimates.group, []
     labels = set()
     crowded = len(group.rows) * len(group.lengths) > MARKERS_LABELLED
@@ -29,7 +30,8 @@ def score_against_cost(estimates: Estimates) -> Image | None:
         if (found := estimates.average(row, length, kind)) is None:
             continue
         means = mean_costs(group, row, length)
-        x = tuple(None if key not in means else 100 * means[key] for key in ("index_share", "attended_share"))
+        units = {"index_share": 0.01, "read_bytes": 2**20}
+        x = tuple(means[key] / unit if key in means else None for key, unit in units.items())
         if any(value is not None for value in x):
             labels.add(found[0].label)
             label = "" if crowded and length not in (group.lengths[0], group.lengths[-1]) else tokens(length) or row
@@ -37,9 +39,9 @@ def score_against_cost(estimates: Estimates) -> Image | None:
     if not points:
         return None
     y_title = f"{group.name} score\n{labels.pop() if len(labels) == 1 else 'mean of the tasks'}"
-    x_titles = ("index bytes / KV cache bytes (%)", "tokens attended per query / context (%)")
+    x_titles = ("index bytes / KV cache bytes (%)", "keys and values read per decode step (MiB)")
     png = plots.against_cost(x_titles, y_title, points, (False, True))
-    alt = f"{group.name}, {group.model}: mean score against index bytes and against tokens attended"
+    alt = f"{group.name}, {group.model}: mean score against index bytes and against KV bytes read"
     return Image(_file("cost", group), png, alt)
 
 

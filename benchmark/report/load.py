@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-COSTS = ("attended_share", "scored_share", "index_bytes", "kv_bytes", "recall", "mass")
+COSTS = ("attended_share", "estimated_share", "scored_share", "index_bytes", "kv_bytes", "recall", "mass")
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def _group(group: Group) -> list[Block]:
         overview(estimates),
     ]
     if image := score_against_cost(estimates):
-        blocks += [Heading(3, "Score against memory and tokens attended"), Images([image])]
+        blocks += [Heading(3, "Score against memory and bytes read"), Images([image])]
     blocks += [
         Heading(3, "Tasks by context length" if len(lengths) > 1 else "Tasks"),
         Paragraph("Darker blue: higher score." + _DROP_COLOURS * bool(group.base)),
@@ -72,7 +72,9 @@ def _group(group: Group) -> list[Block]:
 _DROP_COLOURS = f" Brown: points lost; light blue: points gained. These colours end at {DROP_COLOURS_END} points."
 _COSTS = (
     "Means over tasks, samples, layers, heads and decode steps. Tokens attended: per kv head; keys scored: inner "
-    "products of the search per query head; both as a share of the context. Recall: share of the exact top k that was "
+    "products of the search per query head; clusters read: those that stand for other tokens, per kv head; all as a "
+    "share of the context. KV read a step: keys and values of the tokens attended and of the clusters read, over all "
+    "layers and kv heads, without what the search reads. Recall: share of the exact top k that was "
     "retrieved. Attention mass: share of full attention's softmax weight that the attended tokens hold."
 )
 

@@ -16,10 +16,12 @@ from .text import ends, mebibytes, number, percent, tokens
 NOTHING = Cell("\N{EN DASH}")
 _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "attended_share": ("tokens attended", percent),
+    "estimated_share": ("clusters read", percent),
     "scored_share": ("keys scored", percent),
     "index_bytes": ("index", mebibytes),
     "kv_bytes": ("KV cache", mebibytes),
     "index_share": ("index / KV cache", percent),
+    "read_bytes": ("KV read a step", mebibytes),
     "recall": ("recall", partial(number, digits=3)),
     "mass": ("attention mass", partial(number, digits=3)),
 }
@@ -90,7 +92,8 @@ def costs(group: Group) -> Table | None:
 
 
 def mean_costs(group: Group, row: str, length: int | None) -> dict[str, float]:
-    """Means over the tasks that state a cost, and "index_share", index bytes over KV bytes."""
+    """Means over the tasks that state a cost, "index_share", index bytes over KV bytes, and "read_bytes", the keys and
+    values of the tokens and clusters that a decode step attends to; without a statement there are no clusters."""
     entries = [group.entries[row, length, task] for task in group.tasks(length, row)]
     means = {}
     for key in COSTS:
@@ -98,6 +101,8 @@ def mean_costs(group: Group, row: str, length: int | None) -> dict[str, float]:
             means[key] = sum(stated) / len(stated)
     if means.get("kv_bytes") and "index_bytes" in means:
         means["index_share"] = means["index_bytes"] / means["kv_bytes"]
+    if {"kv_bytes", "attended_share"} <= means.keys():
+        means["read_bytes"] = (means["attended_share"] + means.get("estimated_share", 0.0)) * means["kv_bytes"]
     return means
 
 

@@ -63,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _resolve(args: argparse.Namespace) -> None:
     args.model_name = full_name(args.model_name)
-    args.strategies = args.strategies.split(",") if args.strategies else None
+    args.strategies = list(dict.fromkeys(args.strategies.split(","))) if args.strategies else None
     for strategy in args.strategies or ():
         with_estimation(strategy, RetroInferConfig())
     if args.prefill_method not in PREFILL_METHODS:

@@ -17,8 +17,9 @@ from benchmark.index.reference import exact_attention, relative_errors
 from benchmark.index.sweeps import choose, read_sweep
 from benchmark.index.traces import open_folder
 from cache_hub import STRATEGIES, CacheStats, FlatCache
+from config.schema import ESTIMATING
 
-SWEEP = Path(command.__file__).parent / "sweeps" / "budgets.json"
+SWEEPS = sorted((Path(command.__file__).parent / "sweeps").glob("*.json"))
 GRAPH = "attention_aware_graph"
 
 
@@ -137,6 +138,19 @@ def test_rows_that_differ_in_search_share_a_build_and_are_as_alone(tmp_path: Pat
     assert together[1]["recall"]["mean"] >= together[0]["recall"]["mean"] > 0.5
 
 
+def test_each_row_states_the_build_of_its_own(tmp_path: Path) -> None:
+    folder, sweep = write_trace(tmp_path / "a", n=400), tmp_path / "sweep.json"
+    told = [("none", 20), ("centroid", 20), ("none", 10)]
+    names = [{f"{GRAPH}.estimation": estimation, f"{GRAPH}.top_k": top_k} for estimation, top_k in told]
+    sweep.write_text(json.dumps([{"name": str(i), "strategy": "flat", "set": each} for i, each in enumerate(names)]))
+    rows = measure(folder, tmp_path / "o.json", "--sweep", str(sweep))
+    seconds = [row["build_seconds"] for row in rows]
+    stages = [row["build_seconds_by_stage"] for row in rows]
+    assert seconds[1] > seconds[0] == seconds[2]
+    assert seconds[1] - seconds[0] == pytest.approx(stages[1]["build"] - stages[0]["build"], rel=1e-3)
+    assert all({"search", "estimate", "attention", "diagnosis"}.isdisjoint(each) for each in stages)
+
+
 def test_finished_rows_are_kept_and_another_protocol_is_refused(
     tmp_path: Path, fills: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,11 +246,22 @@ def test_bfloat16_stores(tmp_path: Path) -> None:
     assert row["bytes_read"] == 2 * 300 * 32 * 2
 
 
-def test_the_shipped_sweep_is_valid(tmp_path: Path) -> None:
-    rows = read_sweep(SWEEP)
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.stem)
+def test_the_shipped_sweeps_are_valid_and_their_names_say_what_they_estimate(sweep: Path) -> None:
+    rows = read_sweep(sweep)
+    settings = [row.settings("tiny", 8192, ()) for row in rows]
     assert {row.strategy for row in rows} <= set(STRATEGIES)
-    assert len({json.dumps(row.settings("tiny", 8192, ()).model_dump()) + row.strategy for row in rows}) == len(rows)
-    assert {row.strategy for row in choose(["flat"], SWEEP)} == {"flat"}
+    assert len({each.model_dump_json() + row.strategy for row, each in zip(rows, settings, strict=True)}) == len(rows)
+    assert {row.strategy for row in choose(["flat"], sweep)} == {"flat"}
+    for row, each in zip(rows, settings, strict=True):
+        if row.strategy in ESTIMATING:
+            told = "centroid" if "centroids" in row.name else "softmax_lift" if "lifted" in row.name else "none"
+            assert each.attention_aware_graph.estimation == told, row.name
+
+
+def test_a_sweep_has_every_strategy_that_retrieves() -> None:
+    (sweep,) = (path for path in SWEEPS if path.stem == "strategies")
+    assert {row.strategy for row in read_sweep(sweep)} == set(STRATEGIES) - {"full"}
 
 
 @pytest.mark.parametrize(

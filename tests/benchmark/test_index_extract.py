@@ -225,6 +225,12 @@ def test_bad_arguments_are_told(
     assert told in error
 
 
+def test_processes_of_a_launcher_take_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert extract.parse_args(["--text", "a", "--output", "b"]).device == "cuda:1"
+
+
 def test_unknown_tasks_are_told(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     at = words.index("--text")
     assert extract.main([*words[:at], "--task", "nope", *words[at + 2 :]]) == 2

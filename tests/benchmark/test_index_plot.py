@@ -11,6 +11,7 @@ from index_cases import write_trace
 from benchmark.index import __main__ as command
 from benchmark.index import plot
 from benchmark.index.averages import group_rows
+from config import RetroInferConfig
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib is in the benchmark extra"
@@ -25,7 +26,7 @@ def row(name: str, trace: str, error: float, worst: float, strategy: str = "flat
         "strategy": strategy,
         "set": more.pop("set", {}),
         "trace": {"folder": trace, "model": "tiny", "prompt": {"context_len": more.pop("context_len", 8192)}},
-        "settings": {GRAPH: {"top_k": 100}, "ivf": {"top_k": 50}},
+        "settings": {GRAPH: {"top_k": 100, "estimation": more.pop("estimation", "none")}, "ivf": {"top_k": 50}},
         "tokens": 8000,
         "output_error": {"median": error, "mean": error, "p90": error, "worst_head": worst},
         "recall": recall and {"mean": recall, "worst_head": recall / 2},
@@ -41,7 +42,7 @@ def test_traces_of_a_length_are_averaged() -> None:
         row("flat 100", "fwe", 0.3, 0.4, recall=0.6),
         row("flat 200", "vt", 0.05, 0.2),
         row("ivf", "vt", 0.1, 0.2, strategy="ivf"),
-        row("graph", "vt", 0.1, 0.2, strategy=GRAPH, set={f"{GRAPH}.estimation": "centroid"}),
+        row("graph", "vt", 0.1, 0.2, strategy=GRAPH, set={f"{GRAPH}.top_k": 100}, estimation="centroid"),
         row("flat 100", "vt long", 0.7, 0.9, context_len=32768),
     ]
     short, long = group_rows(rows)
@@ -60,6 +61,16 @@ def test_traces_of_a_length_are_averaged() -> None:
     assert lines[0].startswith("|  | traces | error: median | mean | p90 | worst head | recall |")
     assert lines[2].startswith("| flat 100 | 2 | 0.200 | 0.200 | 0.200 | 0.500 | 0.700 |")
     assert lines[3].startswith("| flat 200 | 1 | 0.050 | 0.050 | 0.050 | 0.200 | \N{EN DASH} |")
+
+
+def test_a_series_is_named_after_the_estimation_in_force() -> None:
+    rows = [
+        row("by default", "vt", 0.1, 0.2, estimation=RetroInferConfig().attention_aware_graph.estimation),
+        row("stated", "vt", 0.1, 0.2, set={f"{GRAPH}.estimation": "none"}),
+        row("wave", "vt", 0.1, 0.2, strategy="wave_index", estimation="centroid"),
+    ]
+    (group,) = group_rows(rows)
+    assert [average.series for average in group.averages] == ["flat + centroid", "flat", "wave_index"]
 
 
 @needs_matplotlib

@@ -122,6 +122,10 @@ def test_a_digest_tells_traces_apart(tmp_path: Path) -> None:
     (two.path / "trace.json").write_text(json.dumps(info))
     assert open_folder(two.path).digest != one.digest
     assert open_folder(one.path, [0]).digest != one.digest
+    arrays = random_head(seed=201)
+    arrays["v"][5, 3] += 1
+    np.savez(one.path / file_name(2, 1), **arrays)
+    assert open_folder(one.path).digest != one.digest
 
 
 def test_layer_lists() -> None:

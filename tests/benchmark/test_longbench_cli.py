@@ -12,9 +12,9 @@ import pytest
 from longbench_samples import WordTokenizer, make_record, write_records
 
 from benchmark.LongBench import evaluation, run, run_longbench
-from benchmark.LongBench.methods import strategy_of, top_k_of_budget
+from benchmark.LongBench.methods import describe_budget, strategy_of, top_k_of_budget
 from benchmark.runner import Task, keep_protocol
-from config import RETRIEVAL_STRATEGIES, RetroInferConfig
+from config import ESTIMATIONS, RETRIEVAL_STRATEGIES, RetroInferConfig
 
 REPO = Path(__file__).parents[2]
 SETTINGS = RetroInferConfig(retrieval_strategy="flat")
@@ -189,6 +189,25 @@ def test_called_as_kvcache_factorys_runner(
     assert [row["strategy"] for row in summary["agreement"]] == ["flat"] * 3
 
 
+def test_the_wave_index_runs_without_a_budget_beside_full_attention(data: Path, asked: list[dict[str, Any]]) -> None:
+    assert run_longbench.main(kvcache_factory(data, "wave_index", "--retrieval_budget", "0.03")) == 0
+    assert run_longbench.main(kvcache_factory(data, "FullKV", "--budget", "-1", "--retrieval_budget", "0.03")) == 0
+    folder = data.parent / "out" / "tiny_-1"
+    meta = json.loads((folder / "run_meta.json").read_text())
+    assert meta["wave_index"]["arguments"]["max_capacity_prompts"] == -1
+    assert "wave index what retrieval_budget 0.03 and" in meta["wave_index"]["protocol"]["budget"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {row["strategy"] for row in summary["agreement"]} == {"wave_index"}
+
+
+@pytest.mark.parametrize("estimation", ESTIMATIONS)
+def test_a_budget_says_what_is_read_on_top(estimation: str) -> None:
+    settings = RetroInferConfig(attention_aware_graph={"estimation": estimation, "estimation_budget": 0.5})
+    told = describe_budget(1024, 956, settings)
+    assert (estimation in told) == (estimation != "none")
+    assert ("estimation_budget 0.5 of them are read on top" in told) == (estimation == "centroid")
+
+
 def test_aliases_and_random_samples(data: Path, asked: list[dict[str, Any]]) -> None:
     given = ["--model", "x/Tiny", "--method", "attention-aware-graph", "--budget", "1024", "--dataset", "lcc"]
     drawn = ["--max_num_examples", "2", "--sample_method", "random", "--seed", "7"]
@@ -209,6 +228,13 @@ def test_aliases_and_random_samples(data: Path, asked: list[dict[str, Any]]) -> 
         ("flat", ["--budget", "-1", "--max_capacity_prompts_ratio", "0.1"], "max_capacity_prompts_ratio: got 0.1"),
         ("flat", ["--top_k", "5"], "top_k: got 5, but max_capacity_prompts 512 sets it"),
         ("ivf", ["--set", "ivf.top_k=5"], "ivf.top_k: got 5, but max_capacity_prompts 512 sets it; allowed: 0"),
+        (
+            "wave_index",
+            ["--max_capacity_prompts", "1024"],
+            "max_capacity_prompts: got 1024, allowed: -1 or not given: the budgets of wave_index are retrieval_budget",
+        ),
+        ("wave_index", ["--max_capacity_prompts_ratio", "0.1"], "max_capacity_prompts_ratio: got 0.1, allowed: -1 or"),
+        ("wave_index", ["--top_k", "5"], "top_k: got 5, allowed: not given"),
         ("flat", ["--datasets", "squad"], "datasets: got squad"),
     ],
 )

@@ -1,11 +1,13 @@
 """Agreement with full attention's own next tokens."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import runner_job
 import torch
 
+from benchmark import next_token
 from benchmark.next_token import compare, main, prompt_ids, table
 from config import RetroInferConfig
 from model_hub import LLM
@@ -27,6 +29,31 @@ def test_what_retrieves_everything_agrees_and_little_does_less(llm: LLM) -> None
     assert abs(all_["flat"]["kl_nats"]) < 1e-6 < few["flat"]["kl_nats"]
     assert few["flat"]["attended_share"] < 0.2 < all_["flat"]["attended_share"] == 1
     assert "| full | 100.0 % | 0.0000 | 100.0 % |" in table(all_)
+
+
+def test_the_last_token_is_not_decoded_further(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[torch.Tensor] = []
+    decode_step = llm.decode_step
+    monkeypatch.setattr(llm, "decode_step", lambda token, cache: steps.append(token) or decode_step(token, cache))
+    ids = torch.arange(200)[None] % llm.spec.vocab_size
+    rows = compare(llm, ids, ["full", "flat"], RetroInferConfig(), 5)
+    assert len(steps) == 2 * 4
+    assert torch.equal(torch.cat(steps[:4]), torch.cat(steps[4:]))
+    assert rows["full"]["agreement"] == 1
+
+
+def test_short_names_and_adapters_reach_the_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def load(*given: Any) -> LLM:
+        asked.append(given)
+        raise ValueError("stop here")
+
+    monkeypatch.setattr(next_token, "load_tokenizer", lambda name: asked.append((name,)))
+    monkeypatch.setattr(next_token, "load_model", load)
+    assert main(["--model", "smollm2-135m", "--lora", "none", "--output", str(tmp_path / "o.json")]) == 2
+    assert [given[0] for given in asked] == ["SmolLM2-135M-Instruct"] * 2
+    assert asked[1][-1] == "none"
 
 
 def test_prompts_begin_where_they_are_told_and_fit() -> None:

@@ -17,7 +17,7 @@ from benchmark.report.bootstrap import RESAMPLES, interval, resampled_means
 from benchmark.report.estimates import Estimates, Weights, averages
 from benchmark.report.groups import Group, group_folders
 from benchmark.report.load import read_folder
-from benchmark.report.tables import costs, made_with, overview, tasks_at
+from benchmark.report.tables import costs, made_with, mean_costs, overview, tasks_at
 
 FULL, FLAT = [100.0, 100.0, 50.0, 0.0], [100.0, 50.0, 0.0, 0.0]
 SCORES = {"full": {"one": FULL, "two": [80.0] * 4}, "flat": {"one": FLAT, "two": [70.0] * 4}}
@@ -135,8 +135,18 @@ def test_overview_and_costs_over_two_lengths(tmp_path: Path) -> None:
     assert flat[3].startswith("62.8 (**drop 8.5 [")
     assert flat[4] == "25.0 [0.0, 50.0] (one at 4K)"
     rows = text_of(costs(group))
-    assert rows[0] == ["strategy", "context", "tokens attended", "keys scored", "index", "KV cache", "index / KV cache"]
-    assert rows[3] == ["flat", "4K", "5.00 %", "100 %", "1.0 MiB", "4.0 MiB", "25.0 %"]
+    titles = ["tokens attended", "keys scored", "index", "KV cache", "index / KV cache", "KV read a step"]
+    assert rows[0] == ["strategy", "context", *titles]
+    assert rows[3] == ["flat", "4K", "5.00 %", "100 %", "1.0 MiB", "4.0 MiB", "25.0 %", "0.2 MiB"]
+
+
+def test_clusters_count_among_the_bytes_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COSTS, "estimated_share", 0.07)
+    group = group_of(write_folder(tmp_path / "a"))
+    assert mean_costs(group, "flat", 4096)["read_bytes"] == pytest.approx(0.12 * 2**22)
+    rows = text_of(costs(group))
+    assert rows[0][3] == "clusters read"
+    assert (rows[1][3], rows[1][-1]) == ("7.00 %", "0.5 MiB")
 
 
 def test_without_full_attention_there_are_scores_alone(tmp_path: Path) -> None:

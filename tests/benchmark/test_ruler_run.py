@@ -105,6 +105,11 @@ def test_ignore_eos_stops_at_nothing(given: list[dict[str, Any]]) -> None:
     assert given[1]["protocol"]["stop_ids"] == []
 
 
+def test_a_strategy_given_twice_is_run_once(given: list[dict[str, Any]]) -> None:
+    assert ruler.main([*ONE, "--strategies", "full,flat,full"]) == 0
+    assert [call["strategies"] for call in given if "strategies" in call] == [["full", "flat"]]
+
+
 def test_without_strategies_the_attention_type_decides(given: list[dict[str, Any]]) -> None:
     assert ruler.main([*ONE, "--attn_type", "Full_Flash_Attn"]) == 0
     assert ruler.main([*ONE, "--attn_type", "RetroInfer", "--retrieval_strategy", "flat"]) == 0

@@ -4,15 +4,19 @@ import json
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import runner_job
 import torch
 from runner_job import STRATEGIES, load, run, tasks
 
+from benchmark import runner
 from benchmark.launcher import Shard
-from benchmark.runner import Sample, Task, read_records, run_tasks, until_stop
+from benchmark.runner import Sample, Task, read_records, run_tasks, until_stop, write_results
 from config import generate_config
 from model_hub import LLM
 
@@ -174,6 +178,39 @@ def test_results_of_earlier_runs_of_other_tasks_stay(llm: LLM, tmp_path: Path) -
     assert {strategy: set(results[strategy]) for strategy in STRATEGIES} == {
         name: {"one", "two"} for name in STRATEGIES
     }
+
+
+def test_processes_that_end_together_lose_no_results(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(llm, tmp_path)
+    (tmp_path / "results.json").unlink()
+
+    def slow() -> dict[str, Any]:
+        """Stands between reading and writing."""
+        time.sleep(0.2)
+        return {}
+
+    monkeypatch.setattr(runner, "environment", slow)
+    ends = [threading.Thread(target=run, args=(llm, tmp_path), kwargs={"tasks": [task]}) for task in tasks()]
+    for thread in ends:
+        thread.start()
+    for thread in ends:
+        thread.join()
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert {name: set(results[name]) for name in STRATEGIES} == {name: {"one", "two"} for name in STRATEGIES}
+
+
+def test_means_are_of_what_all_records_state(llm: LLM, tmp_path: Path) -> None:
+    run(llm, tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert results["full"]["one"]["estimated_share"] == 0 < results["flat"]["one"]["estimated_share"]
+    path = tmp_path / "flat" / "one.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    del records[0]["estimated_share"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_results(tmp_path, tasks(), STRATEGIES)
+    (old, new) = (json.loads((tmp_path / "results.json").read_text())["results"][s]["one"] for s in ("flat", "full"))
+    assert "estimated_share" not in old
+    assert "estimated_share" in new
 
 
 def test_another_protocol_is_refused(llm: LLM, tmp_path: Path) -> None:

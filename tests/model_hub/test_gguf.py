@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from comparison import left_padded, reference_logits, relative_error
-from conftest import LLAMA3_ROPE, tiny_model
+from tiny_models import LLAMA3_ROPE, tiny_model
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from model_hub import load_model, load_tokenizer

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from comparison import left_padded, reference_logits, relative_error
-from conftest import tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from model_hub import ModelSpec, load_model, load_tokenizer

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparison import left_padded, reference_logits, relative_error
-from conftest import TINY
+from tiny_models import TINY
 from transformers import AutoModelForCausalLM
 
 from model_hub import load_model

@@ -1,0 +1,30 @@
+"""What a generation cost: every stage has its place. And names of builds, once each."""
+
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmark.measure import record
+from benchmark.shared_builds import shared_builds
+from cache_hub import CacheStats
+from config import RetroInferConfig
+from model_hub import GenerationTiming
+
+
+def test_every_stage_is_told_and_the_model_is_the_rest() -> None:
+    spent = {"build": 5.0, "cluster": 2.0, "search": 1.0, "estimate": 0.5, "attention": 0.25, "admit": 0.125}
+    stats = CacheStats(seconds=defaultdict(float, {**spent, "update": 0.0625}))
+    cache: Any = SimpleNamespace(stats=stats, index_bytes=1, kv_bytes=2)
+    told = record(cache, GenerationTiming(7.0, 0.0, 4.0, 2))
+    stages = told["ms_by_stage"]
+    assert told["build_seconds_by_stage"]["cluster"] == 2.0
+    assert (stages["admit"], stages["update"]) == (62.5, 31.25)
+    assert stages["model"] == pytest.approx((4.0 - 1.0 - 0.5 - 0.25 - 0.125 - 0.0625) * 500)
+    assert sum(stages.values()) == pytest.approx(told["ms_per_token"])
+
+
+def test_a_name_given_twice_is_one_variant() -> None:
+    builds = shared_builds(["full", "flat", "full", "flat+none", "flat"], RetroInferConfig())
+    assert [[variant.name for variant in build] for build in builds] == [["full"], ["flat", "flat+none"]]
