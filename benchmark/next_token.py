@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> str:
     names = list(dict.fromkeys(["full", *args.strategies.split(",")]))
     shared_builds(names, settings)
     check_writable(args.output)
-    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    config = {key: value for key, value in vars(args).items() if key != "output"}
     where = environment()
     tokenizer = load_tokenizer(args.model_name)
     llm = load_model(args.model_name, args.context_len, args.dtype, args.device, tokenizer, args.lora)
