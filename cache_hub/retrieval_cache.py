@@ -86,6 +86,7 @@ class TokenIndexCache(KV_Cache):
         self._pending: Tensor | None = None
         self._tails: list[CentroidTail] = []
         self._tail_seconds = 0.0
+        self._prompt_seconds: dict[str, float] = {}
         self._allocate()
 
     @classmethod

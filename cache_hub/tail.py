@@ -23,7 +23,7 @@ class CentroidTail:
     it costs no read of the retrieved keys. The clusters are those of keys that the prompt's last queries can hardly
     tell apart. Source: RetroInfer's estimation zone (arXiv 2505.02922); the metric, and the bookkeeping of what is
     attended to otherwise, are ours. Numbers of tokens are exact, sums of values to the rounding of their mean in the
-    store's type; float32 means would take a tenth of the store more and did not err less on real traces.
+    store's type; float32 means would take a twentieth of the store more and did not err less on real traces.
 
     centroids, value_means [B, Hkv, C, D] in the store's type and sizes [B, Hkv, C] float32, 0 where no cluster is, lie
     on the layer's device; assignment [B, Hkv, N] int32, the cluster of every indexed token, in CPU memory as the
@@ -77,7 +77,6 @@ class CentroidTail:
         """
         device, number = self.sizes.device, self.sizes.shape[2]
         losses = self._lost(ids, values)
-        count = self._count_left(*losses[:2])
         touched, lost, lost_values = (table.to(device, non_blocking=True) for table in losses)
         used = touched < number
         at = touched.clamp(max=number - 1)
@@ -92,6 +91,8 @@ class CentroidTail:
             whole = whole * chosen
             left = left * chosen.gather(2, at)
             count = int((whole > 0).sum() + (left > 0).sum())
+        else:
+            count = self._count_left(*losses[:2])
         parts = [
             WeightedPart(self.centroids, self.value_means, None, whole.log(), None),
             WeightedPart(self.centroids.gather(2, wide), means.to(self.value_means.dtype), None, left.log(), None),

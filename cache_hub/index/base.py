@@ -85,6 +85,12 @@ def lift(states: Tensor, extra: Tensor | float) -> Tensor:
     return torch.nn.functional.pad(states.float(), (0, 1), value=extra)
 
 
+def asked_vectors(queries: Tensor, lifted: bool) -> Tensor:
+    """Queries [R, g, D] as indexes on the CPU read them: float32, contiguous, with a last 1 if keys are lifted."""
+    here = queries.cpu()
+    return (lift(here, 1.0) if lifted else here.float()).contiguous()
+
+
 def pad_topk(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Widens the last dimension to k with -inf and -1."""
     missing = k - scores.shape[-1]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import SearchResult, TokenIndex, check_build, check_search, lift
+from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_search, lift
 from .knn import in_parallel
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -52,8 +52,7 @@ class FaissIndex(TokenIndex):
     def search(self, queries: Tensor, k: int) -> SearchResult:
         """See TokenIndex.search."""
         check_search(queries, k, len(self._rows), self._dim)
-        vectors = lift(queries.cpu(), 1.0) if self._lifted else queries.cpu().float()
-        asked = vectors.contiguous().numpy()
+        asked = asked_vectors(queries, self._lifted).numpy()
         shape = (*queries.shape[:2], k)
         ids, scores = np.empty(shape, np.int32), np.empty(shape, np.float32)
         keys_scored = np.empty(shape[:2], np.int64)

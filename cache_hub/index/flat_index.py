@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from .base import SearchResult, TokenIndex, check_build, check_search, lift
+from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_search
 from .key_store import as_key_store
 
 
@@ -30,8 +30,7 @@ class FlatIndex(TokenIndex):
         rows, n, dim = self.keys.shape
         check_search(queries, k, rows, dim)
         group = queries.shape[1]
-        asked = queries.cpu().float() if self.extra is None else lift(queries.cpu(), 1.0)
-        asked = asked.contiguous()
+        asked = asked_vectors(queries, self.extra is not None)
         ids = torch.full((rows, group, k), -1, dtype=torch.int32)
         scores = torch.full((rows, group, k), float("-inf"))
         _native.scan(self._store, asked.data_ptr(), group, k, self.num_threads, ids.data_ptr(), scores.data_ptr())

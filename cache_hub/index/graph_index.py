@@ -11,7 +11,7 @@ from torch import Tensor
 from config import GraphConfig
 
 from . import _native
-from .base import SearchResult, TokenIndex, check_build, check_search, lift
+from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_search, lift
 from .key_store import as_key_store
 from .knn import causal_knn, key_knn
 
@@ -109,8 +109,7 @@ class AttentionAwareGraphIndex(TokenIndex):
         rows, _, dim = self.keys.shape
         check_search(queries, k, rows, dim)
         group = queries.shape[1]
-        asked = queries.cpu().float() if self.extra is None else lift(queries.cpu(), 1.0)
-        asked = asked.contiguous()
+        asked = asked_vectors(queries, self.extra is not None)
         ids = torch.empty(rows, group, k, dtype=torch.int32)
         scores = torch.empty(rows, group, k)
         keys_scored = torch.empty(rows, group, dtype=torch.int64)
