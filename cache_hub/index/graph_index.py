@@ -42,12 +42,10 @@ class AttentionAwareGraphIndex(TokenIndex):
         clock = _StageClock(self.build_seconds, queries.device)
         how = (o.graph_build_batch, o.knn_backend, self.num_threads)
         keys_there = keys.to(queries.device)
-        if extra is not None:
-            keys_there, queries = lift(keys_there, extra), lift(queries, 1.0)
-        by_query = causal_knn(keys_there, queries, positions, o.q_knn, *how)
+        by_query = causal_knn(keys_there, queries, positions, o.q_knn, *how, extra=extra)
         clock.stage("query_key_knn")
         wanted = o.key_degree if o.key_links else 0
-        by_key = key_knn(keys_there, wanted, *how)
+        by_key = key_knn(keys_there, wanted, *how, extra=extra)
         clock.stage("key_key_knn")
 
         dtype = keys.dtype if o.index_dtype == "auto" else getattr(torch, o.index_dtype)
@@ -57,7 +55,7 @@ class AttentionAwareGraphIndex(TokenIndex):
         self._store = as_key_store(self.keys, extra)
         self.entries = torch.empty(rows, o.num_entries, dtype=torch.int32)
         if queries.is_cuda:
-            self._build_on_gpu(keys_there, by_query, by_key)
+            self._build_on_gpu(keys_there if extra is None else lift(keys_there, extra), by_query, by_key)
         else:
             self._build_on_cpu(keys, by_query, by_key)
         clock.stage("projection")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from . import _native
-from .base import pad_topk
+from .base import lift, pad_topk
 
 # Keys that one task looks up at once: enough for full speed, few enough that all threads end together.
 _KEY_BLOCK = 1024
@@ -50,13 +50,14 @@ def causal_knn(
     block: int = 4096,
     backend: str = "auto",
     num_threads: int | None = None,
+    extra: Tensor | None = None,
 ) -> Tensor:
     """Exact k nearest keys by inner product for every query, among the keys it may see.
 
     keys [R, N, D], queries [R, g, M, D] (any float dtype; computed in float32 on the queries' device), positions [M]
-    as in TokenIndex.build. Returns [R, g, M, k] int32 on the queries' device, best first, -1 pads. A thread works on
-    `block` queries at a time; beside them it holds their lists, and with the torch backend their scores, block x N.
-    triton takes eight times `block`, for which it holds a quarter of that.
+    and extra [R, N] as in TokenIndex.build. Returns [R, g, M, k] int32 on the queries' device, best first, -1 pads.
+    A thread works on `block` queries at a time; beside them it holds their lists, and with the torch backend their
+    scores, block x N. triton takes eight times `block`, for which it holds a quarter of that.
     """
     rows, n, _ = keys.shape
     group, m = queries.shape[1:3]
@@ -69,20 +70,34 @@ def causal_knn(
     block = 8 * block if chosen == "triton" else block
     keys = keys.to(device, dtype).contiguous()
     lists = torch.empty(rows, group, m, k, dtype=torch.int32, device=device)
+    split = chosen == "triton" and extra is not None
+    beside = extra.to(device).contiguous() if extra is not None else keys.new_zeros(rows, 0)
+    if extra is not None and not split:
+        keys, queries = lift(keys, beside), lift(queries, 1.0)
 
     def work(r: int, h: int, begin: int) -> None:
         part = slice(begin, min(begin + block, m))
-        lists[r, h, part] = causal(keys[r], queries[r, h, part].to(dtype).contiguous(), visible[part], k)
+        asked = queries[r, h, part].to(dtype).contiguous()
+        more = [(beside[r], torch.ones(len(asked), device=device))] if split else []
+        lists[r, h, part] = causal(keys[r], asked, visible[part], k, *more)
 
     tasks = [(r, h, begin) for r in range(rows) for h in range(group) for begin in range(0, m, block)]
     in_parallel(work, tasks, device, num_threads)
     return lists
 
 
-def key_knn(keys: Tensor, k: int, block: int = 4096, backend: str = "auto", num_threads: int | None = None) -> Tensor:
+def key_knn(
+    keys: Tensor,
+    k: int,
+    block: int = 4096,
+    backend: str = "auto",
+    num_threads: int | None = None,
+    extra: Tensor | None = None,
+) -> Tensor:
     """The k nearest other keys of every key by cosine after subtracting the mean key.
 
-    keys [R, N, D]; computed in float32 on their device. Returns there [R, N, min(k, N - 1)] int32, best first.
+    keys [R, N, D], extra [R, N] one more dimension; computed in float32 on their device. Returns there
+    [R, N, min(k, N - 1)] int32, best first.
     """
     rows, n, _ = keys.shape
     k = min(k, n - 1)
@@ -92,11 +107,17 @@ def key_knn(keys: Tensor, k: int, block: int = 4096, backend: str = "auto", num_
     chosen = choose_backend(backend, keys.device)
     nearest = {"faiss": _nearest_faiss, "triton": _nearest_triton, "torch": _nearest_torch}[chosen]
     block = {"faiss": min(block, _KEY_BLOCK), "triton": 8 * block, "torch": block}[chosen]
-    centred = normalize((keys.float() - keys.float().mean(1, keepdim=True)), dim=2).contiguous()
+    states = keys.float() if extra is None else lift(keys, extra)
+    centred = normalize(states - states.mean(1, keepdim=True), dim=2).contiguous()
+    split = chosen == "triton" and extra is not None
+    beside = centred[..., -1].contiguous()
+    if split:
+        centred = centred[..., :-1].contiguous()
 
     def work(r: int, begin: int) -> None:
         part = torch.arange(begin, min(begin + block, n), device=keys.device)
-        ids = nearest(centred[r], centred[r, part], k + 1)
+        more = [(beside[r], beside[r, part])] if split else []
+        ids = nearest(centred[r], centred[r, part], k + 1, *more)
         # A key is its own neighbour; among exact duplicates it may not be the first, or not even listed.
         keep = ids != part[:, None]
         keep[:, -1] &= ~keep.all(dim=1)
@@ -172,19 +193,21 @@ def _nearest_torch(keys: Tensor, queries: Tensor, k: int) -> Tensor:
     return _chunked_topk(queries, keys, len(keys), k)[1]
 
 
-def _nearest_triton(keys: Tensor, queries: Tensor, k: int) -> Tensor:
-    """As _nearest_faiss, on a GPU."""
-    return _causal_triton(keys, queries, torch.full((len(queries),), len(keys)), k)
+def _nearest_triton(keys: Tensor, queries: Tensor, k: int, beside: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """As _nearest_faiss, on a GPU; beside as in streaming_topk."""
+    return _causal_triton(keys, queries, torch.full((len(queries),), len(keys)), k, beside)
 
 
-def _causal_triton(keys: Tensor, queries: Tensor, visible: Tensor, k: int) -> Tensor:
-    """As _causal_torch, for keys and queries of one dtype."""
+def _causal_triton(
+    keys: Tensor, queries: Tensor, visible: Tensor, k: int, beside: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """As _causal_torch, for keys and queries of one dtype; beside as in streaming_topk."""
     from .streaming_topk import streaming_topk  # Triton only where it is used
 
     seen = int(visible[-1])
     if not seen:
         return torch.full((len(queries), k), -1, dtype=torch.int32, device=keys.device)
-    return streaming_topk(keys[:seen], queries, visible.to(keys.device, torch.int32), k)
+    return streaming_topk(keys[:seen], queries, visible.to(keys.device, torch.int32), k, beside)
 
 
 def _causal_torch(keys: Tensor, queries: Tensor, visible: Tensor, k: int) -> Tensor:

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Pairs (key, candidate) that are scored at once: three float32 rows of each lie in memory.
-_PAIRS_AT_ONCE = 1 << 20
+_BLOCK_PAIRS = 32
 
 
 def project(keys: Tensor, by_query: Tensor, by_key: Tensor, degree: int, query_links: int) -> Tensor:
@@ -50,12 +49,7 @@ def _prune_fill(keys: Tensor, pairs: Tensor, width: int) -> Tensor:
     node, candidate = pairs // n, pairs % n
     others = node != candidate
     node, candidate = node[others], candidate[others]
-    scores = torch.cat(
-        [
-            (keys[a].float() * keys[b].float()).sum(1)
-            for a, b in zip(node.split(_PAIRS_AT_ONCE), candidate.split(_PAIRS_AT_ONCE), strict=True)
-        ]
-    )
+    scores = _pair_scores(keys, node, candidate)
     by_node = ((node << 32) - _ordinal(scores)).argsort(stable=True)
     begin = torch.searchsorted(node, torch.arange(n + 1, device=keys.device))
     links = torch.full((n, width), -1, dtype=torch.int32, device=keys.device)
@@ -66,6 +60,33 @@ def _prune_fill(keys: Tensor, pairs: Tensor, width: int) -> Tensor:
             keys, candidate[by_node], scores[by_node], begin, links, dim, width, num_warps=warps, **blocks
         )
     return links
+
+
+def _pair_scores(keys: Tensor, node: Tensor, candidate: Tensor) -> Tensor:
+    """Inner products [P] float32 of the keys [N, D] that node and candidate [P] name."""
+    scores = torch.empty(len(node), device=keys.device)
+    if len(node):
+        with torch.cuda.device_of(keys):
+            pair_scores_kernel[(triton.cdiv(len(node), _BLOCK_PAIRS),)](
+                keys, node, candidate, scores, len(node), keys.shape[1],
+                BLOCK_P=_BLOCK_PAIRS, BLOCK_D=triton.next_power_of_2(keys.shape[1]), num_warps=2,
+            )  # fmt: skip
+    return scores
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def pair_scores_kernel(  # type: ignore[no-untyped-def]
+    keys, node, candidate, scores, pairs, dim, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """One program: the inner products of BLOCK_P pairs of keys."""
+    pair = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    dims = tl.arange(0, BLOCK_D)
+    ok = (pair < pairs)[:, None] & (dims < dim)[None, :]
+    a = tl.load(node + pair, mask=pair < pairs, other=0)
+    b = tl.load(candidate + pair, mask=pair < pairs, other=0)
+    left = tl.load(keys + a[:, None] * dim + dims[None, :], mask=ok, other=0.0).to(tl.float32)
+    right = tl.load(keys + b[:, None] * dim + dims[None, :], mask=ok, other=0.0).to(tl.float32)
+    tl.store(scores + pair, tl.sum(left * right, 1), mask=pair < pairs)
 
 
 def _ordinal(scores: Tensor) -> Tensor:

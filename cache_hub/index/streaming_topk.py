@@ -13,15 +13,20 @@ from torch import Tensor
 
 CHUNK = 32
 _BLOCK_C = 128
+# Columns that one program holds in registers, 32 a thread.
+_LARGEST_BLOCK = 16384
 # Triton's interpreter cannot multiply bfloat16.
 _DOTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def streaming_topk(keys: Tensor, queries: Tensor, visible: Tensor, k: int) -> Tensor:
+def streaming_topk(
+    keys: Tensor, queries: Tensor, visible: Tensor, k: int, beside: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """The k nearest of keys [n, D] by inner product for queries [m, D], of one floating dtype with contiguous rows.
 
-    Query i sees keys 0 .. visible[i] - 1; visible [m] int32. Products are float32 sums. Returns ids [m, k] int32, best
-    first, -1 pads. All tensors on one GPU, or on the CPU under Triton's interpreter.
+    Query i sees keys 0 .. visible[i] - 1; visible [m] int32. Products are float32 sums. beside: one more dimension of
+    the keys [n] and of the queries [m], float32. Returns ids [m, k] int32, best first, -1 pads. All tensors on one GPU,
+    or on the CPU under Triton's interpreter.
     """
     m, dim = queries.shape
     n = len(keys)
@@ -29,27 +34,47 @@ def streaming_topk(keys: Tensor, queries: Tensor, visible: Tensor, k: int) -> Te
     # Two tiles of 32 KiB at most: they fit the shared memory of any GPU since Ampere.
     tile = min(128, max(32768 // (blocks["BLOCK_D"] * queries.element_size()), CHUNK))
     maxima = queries.new_empty(m, triton.cdiv(n, tile) * (tile // CHUNK), dtype=torch.float32)
+    beside_keys, beside_queries = beside or (None, None)
     with torch.cuda.device_of(queries):
         chunk_maxima_kernel[(triton.cdiv(n, tile), triton.cdiv(m, tile))](
-            queries, keys, visible, maxima, m, n, dim, queries.stride(0), keys.stride(0), maxima.stride(0),
+            queries, keys, beside_queries, beside_keys, visible, maxima, m, n, dim,
+            queries.stride(0), keys.stride(0), maxima.stride(0),
             BLOCK_M=tile, BLOCK_N=tile, COMPUTE=_DOTS[queries.dtype if queries.is_cuda else torch.float32], num_warps=8,
             **blocks,
         )  # fmt: skip
-        chunks = maxima.topk(min(k, maxima.shape[1]), sorted=False).indices.int()
+        chunks = largest(maxima, min(k, maxima.shape[1]))
         scores = queries.new_empty(m, chunks.shape[1] * CHUNK, dtype=torch.float32)
         chunk_scores_kernel[(m,)](
-            queries, keys, visible, chunks, scores, n, dim, chunks.shape[1], queries.stride(0), keys.stride(0),
+            queries, keys, beside_queries, beside_keys, visible, chunks, scores, n, dim, chunks.shape[1],
+            queries.stride(0), keys.stride(0),
             BLOCK_C=_BLOCK_C, num_warps=4, **blocks,
         )  # fmt: skip
-    best, at = scores.topk(min(k, scores.shape[1]))
+    at = largest(scores, min(k, scores.shape[1])).long()
+    best, order = scores.gather(1, at).sort(dim=1, descending=True)
+    at = at.gather(1, order)
     ids = chunks.gather(1, at // CHUNK) * CHUNK + (at % CHUNK).int()
     ids.masked_fill_(best == float("-inf"), -1)
     return torch.nn.functional.pad(ids, (0, k - ids.shape[1]), value=-1)
 
 
+def largest(scores: Tensor, k: int) -> Tensor:
+    """Columns [m, k] int32, ascending, of the k <= w largest of scores [m, w] float32 without NaN; the first columns
+    among equal ones. Faster than torch.topk, which selects by many passes over memory."""
+    m, width = scores.shape
+    out = scores.new_empty(m, k, dtype=torch.int32)
+    block = triton.next_power_of_2(width)
+    if block > _LARGEST_BLOCK:
+        return scores.topk(k, sorted=False).indices.int().sort(1).values
+    with torch.cuda.device_of(scores):
+        largest_kernel[(m,)](
+            scores, out, width, k, scores.stride(0), BLOCK=block, num_warps=min(max(block // 1024, 1), 16)
+        )
+    return out
+
+
 @triton.jit(do_not_specialize=["m", "n", "stride_m"])
 def chunk_maxima_kernel(  # type: ignore[no-untyped-def]
-    queries, keys, visible, maxima, m, n, dim, stride_q, stride_k, stride_m,
+    queries, keys, beside_queries, beside_keys, visible, maxima, m, n, dim, stride_q, stride_k, stride_m,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One program: the maxima of BLOCK_N / CHUNK runs of keys for BLOCK_M queries, -inf where a query sees none."""
@@ -66,6 +91,10 @@ def chunk_maxima_kernel(  # type: ignore[no-untyped-def]
             keys + column[:, None].to(tl.int64) * stride_k + d[None, :], mask=(column < n)[:, None] & d_ok, other=0.0
         )
         scores = tl.dot(q.to(COMPUTE), tl.trans(k.to(COMPUTE)), input_precision="tf32x3")
+        if beside_keys is not None:
+            beside_q = tl.load(beside_queries + row, mask=row_ok, other=0.0)
+            beside_k = tl.load(beside_keys + column, mask=column < n, other=0.0)
+            scores += beside_q[:, None] * beside_k[None, :]
         scores = tl.where(column[None, :] < limit[:, None], scores, float("-inf"))
         best = tl.max(tl.reshape(scores, [BLOCK_M, BLOCK_N // CHUNK, CHUNK]), 2)
     run = tl.program_id(0) * (BLOCK_N // CHUNK) + tl.arange(0, BLOCK_N // CHUNK)
@@ -74,7 +103,7 @@ def chunk_maxima_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["n", "runs"])
 def chunk_scores_kernel(  # type: ignore[no-untyped-def]
-    queries, keys, visible, chunks, scores, n, dim, runs, stride_q, stride_k,
+    queries, keys, beside_queries, beside_keys, visible, chunks, scores, n, dim, runs, stride_q, stride_k,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program: one query's scores [runs * CHUNK] of the keys of its runs, -inf for those that it does not see."""
@@ -93,4 +122,31 @@ def chunk_scores_kernel(  # type: ignore[no-untyped-def]
             other=0.0,
         )
         score = tl.sum(k.to(tl.float32) * q[None, :], 1)
+        if beside_keys is not None:
+            score += tl.load(beside_queries + row) * tl.load(beside_keys + column, mask=seen, other=0.0)
         tl.store(scores + row * runs * CHUNK + slot, tl.where(seen, score, float("-inf")), mask=slot < runs * CHUNK)
+
+
+@triton.jit(do_not_specialize=["width", "stride"])
+def largest_kernel(scores, out, width, k, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program: one row. Finds the k-th largest value bit by bit, then lists what is above it and, in their order,
+    as many of its equals as are missing."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    there = column < width
+    bits = tl.load(scores + row * stride + column, mask=there, other=float("-inf")).to(tl.int32, bitcast=True)
+    # Unsigned numbers in the order of the scores; no score has 0.
+    ordinal = tl.where(bits >= 0, bits | -2147483648, ~bits).to(tl.uint32, bitcast=True)
+    ordinal = tl.where(there, ordinal, 0)
+    threshold = tl.zeros([1], tl.uint32)
+    bit = tl.full([1], 0x80000000, tl.uint32)
+    for _ in range(32):
+        enough = tl.sum((ordinal >= (threshold | bit)).to(tl.int32), 0) >= k
+        threshold = tl.where(enough, threshold | bit, threshold)
+        bit = bit >> 1
+    above = (ordinal > threshold).to(tl.int32)
+    equal = (ordinal == threshold).to(tl.int32)
+    missing = k - tl.sum(above, 0)
+    taken = (above > 0) | ((equal > 0) & (tl.cumsum(equal, 0) <= missing))
+    slot = tl.cumsum(taken.to(tl.int32), 0) - 1
+    tl.store(out + row * k + slot, column, mask=taken)

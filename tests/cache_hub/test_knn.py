@@ -70,6 +70,28 @@ def test_key_lists_of_equal_keys_never_name_the_key_itself() -> None:
     assert not bool((lists[0] == torch.arange(40)[:, None]).any())
 
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("backend", ["faiss", "torch", pytest.param("triton", marks=[pytest.mark.gpu, GPU])])
+def test_one_more_dimension_equals_wider_vectors(backend: str) -> None:
+    """Whole numbers: sums are exact in any order."""
+    torch.manual_seed(0)
+    device = "cuda" if backend == "triton" else "cpu"
+    keys, queries = torch.randint(-9, 10, (2, 150, 64)).float(), torch.randint(-9, 10, (2, 3, 60, 64)).float()
+    extra, positions = torch.randint(-200, 201, (2, 150)).float(), torch.arange(60) + 90
+    wide = torch.cat((keys, extra[..., None]), 2)
+    ids = causal_knn(keys, queries.to(device), positions, 9, backend=backend, extra=extra).cpu().long()
+    scores = torch.nn.functional.pad(queries, (0, 1), value=1.0) @ wide[:, None].transpose(2, 3)
+    scores.masked_fill_(torch.arange(150) > positions[:, None], float("-inf"))
+    assert torch.equal(scores.gather(3, ids), scores.topk(9).values)
+    ids = key_knn(keys.to(device), 9, backend=backend, extra=extra).cpu().long()
+    centred = torch.nn.functional.normalize(wide - wide.mean(1, keepdim=True), dim=2)
+    cosines = centred @ centred.transpose(1, 2)
+    cosines.diagonal(dim1=1, dim2=2).fill_(-2)
+    torch.testing.assert_close(cosines.gather(2, ids), cosines.topk(9).values)
+
+
 def test_exact_topk_pads_when_k_exceeds_the_keys() -> None:
     scores, ids = exact_topk(torch.randn(2, 3, 64), torch.randn(2, 4, 64), 5)
     assert ids.shape == (2, 4, 5)
