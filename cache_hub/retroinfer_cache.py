@@ -164,7 +164,7 @@ class WaveIndexCache(KV_Cache):
         if any(index.stored):
             with self.stats.timed("search"):
                 selection = index.select(query_states)
-                members, moved = self._members(index, cache, selection.retrieved)
+                members, moved = self._members(index, cache, selection)
             if self.stats.agreement is not None:
                 with self.stats.timed("diagnosis"):
                     self._compare(query_states, index.rows_of(selection.retrieved), layer_idx, self.stats.agreement)
@@ -182,12 +182,13 @@ class WaveIndexCache(KV_Cache):
         return out
 
     def _members(
-        self, index: WaveIndex, cache: ClusterCache | None, clusters: Tensor
+        self, index: WaveIndex, cache: ClusterCache | None, selection: Selection
     ) -> tuple[list[WeightedPart], int]:
-        """The members of clusters [B, Hkv, P] to attend to, and how many of them are read from CPU memory."""
+        """The members of the retrieved clusters to attend to, and how many of them are read from CPU memory."""
         if cache is not None:
-            return cache.parts(clusters)
-        return [index.retrieved_part(index.rows_of(clusters))], 0 if self.gpu_only else index.count_members(clusters)
+            return cache.parts(selection.retrieved)
+        rows = index.rows_of(selection.retrieved, selection.most_members)
+        return [index.retrieved_part(rows)], 0 if self.gpu_only else selection.members
 
     def _keep_ends(self, layer_idx: int, sequences: slice, keys: Tensor, values: Tensor) -> None:
         """Leaves the sequences no more of keys and values [b, Hkv, T, D] in their zone than sinks and window."""
@@ -207,8 +208,8 @@ class WaveIndexCache(KV_Cache):
                 cache.refresh()
 
     def _count_clusters(self, index: WaveIndex, selection: Selection, moved: int) -> None:
-        self.stats.attended += index.count_members(selection.retrieved)
-        self.stats.estimated += int((selection.estimated >= 0).sum())
+        self.stats.attended += selection.members
+        self.stats.estimated += selection.estimates
         self.stats.scored += self.num_heads * sum(counts.centroids for counts in index.counts)
         self.stats.bytes_moved += 2 * moved * self.head_dim * self.dtype.itemsize
 

@@ -14,10 +14,17 @@ from .clusters import ClusterCounts, Clusters
 
 @dataclass
 class Selection:
-    """Clusters that a query retrieves [B, Hkv, P] and estimates [B, Hkv, E], best first, int64, -1 pads."""
+    """Clusters that a query retrieves [B, Hkv, P] and estimates [B, Hkv, E], best first, int64, -1 pads.
+
+    members: of all the retrieved clusters together; most_members: of a kv head's at most; estimates: estimated
+    clusters, all together.
+    """
 
     retrieved: Tensor
     estimated: Tensor
+    members: int
+    most_members: int
+    estimates: int
 
 
 class WaveIndex:
@@ -88,23 +95,26 @@ class WaveIndex:
         logits = grouped @ self.centroids.float().transpose(2, 3)
         score = logits.masked_fill_(self._unused, -torch.inf).softmax(-1).sum(2)
         best = score.masked_fill_(self.sizes == 0, -1).topk(self._most, dim=-1).indices
-        rank = torch.arange(self._most, device=best.device)
-        exact = rank < self._retrieved
-        filled = self.sizes.gather(2, best) > 0
-        estimated = torch.where(~exact & (rank < self._selected) & filled, best, -1)
+        sizes = self.sizes.gather(2, best)
+        filled = sizes > 0
+        exact, rest = self._exact & filled, self._rest & filled
         most = max(counts.retrieved for counts in self.counts)
         least = min(counts.retrieved for counts in self.counts)
-        return Selection(torch.where(exact & filled, best, -1)[..., :most], estimated[..., least:])
+        # One transfer to the host for all numbers.
+        members, estimates = torch.stack(((sizes * exact).sum(2), rest.sum(2))).flatten(1).tolist()
+        return Selection(
+            torch.where(exact, best, -1)[..., :most],
+            torch.where(rest, best, -1)[..., least:],
+            sum(members),
+            max(members),
+            sum(estimates),
+        )
 
-    def count_members(self, clusters: Tensor) -> int:
-        """Members of clusters [B, Hkv, P] (-1 pads), all together."""
-        return int(self.sizes.gather(2, clusters.clamp(min=0)).masked_fill(clusters < 0, 0).sum())
-
-    def rows_of(self, clusters: Tensor) -> Tensor:
-        """Rows of the members of clusters [B, Hkv, P] (-1 pads) -> [B, Hkv, T] int64, -1 pads."""
+    def rows_of(self, clusters: Tensor, most: int | None = None) -> Tensor:
+        """Rows of the members of clusters [B, Hkv, P] (-1 pads) -> [B, Hkv, T] int64, -1 pads; most: T, if known."""
         at = clusters.clamp(min=0)
         sizes = self.sizes.gather(2, at).masked_fill(clusters < 0, 0)
-        which, place = expand_runs(sizes)
+        which, place = expand_runs(sizes, most)
         first_rows = self.first_rows.gather(2, at).gather(2, which.clamp(min=0))
         return torch.where(which >= 0, first_rows + place, -1)
 
@@ -132,21 +142,27 @@ class WaveIndex:
             setattr(self, name, torch.cat((table, rest), 2))
 
     def _tabulate(self) -> None:
-        """The counts as tensors: [B, 1, 1] retrieved, retrieved and estimated; [B, 1, 1, C] clusters not in use."""
+        """The counts as masks: places [B, 1, most] of a ranking that are retrieved, and that are estimated; clusters
+        [B, 1, 1, C] not in use."""
         device = self.sizes.device
         column = lambda numbers: torch.tensor(numbers, device=device).view(-1, 1, 1)  # noqa: E731
-        self._retrieved = column([counts.retrieved for counts in self.counts])
-        self._selected = column([counts.retrieved + counts.estimated for counts in self.counts])
-        self._most = int(self._selected.max())
+        self._most = max(counts.retrieved + counts.estimated for counts in self.counts)
+        rank = torch.arange(self._most, device=device)
+        self._exact = rank < column([counts.retrieved for counts in self.counts])
+        self._rest = ~self._exact & (rank < column([counts.retrieved + counts.estimated for counts in self.counts]))
         used = column([counts.centroids for counts in self.counts])[..., None]
         self._unused = torch.arange(self.sizes.shape[2], device=device) >= used
 
 
-def expand_runs(lengths: Tensor) -> tuple[Tensor, Tensor]:
+def expand_runs(lengths: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """The members of runs one after the other, runs of `lengths` [B, Hkv, P] each: the run that a member belongs to
-    (-1 pads) and its place in it, both [B, Hkv, T] int64, T the longest sum of lengths."""
+    (-1 pads) and its place in it, both [B, Hkv, T] int64, T = `most` the longest sum of lengths."""
     ends = lengths.cumsum(2)
-    slots = torch.arange(int(ends[..., -1].max()), device=ends.device).expand(*ends.shape[:2], -1).contiguous()
+    slots = (
+        torch.arange(int(ends[..., -1].max()) if most is None else most, device=ends.device)
+        .expand(*ends.shape[:2], -1)
+        .contiguous()
+    )
     which = torch.searchsorted(ends, slots, right=True)
     inside = which < lengths.shape[2]
     which.clamp_(max=lengths.shape[2] - 1)
