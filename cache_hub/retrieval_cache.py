@@ -248,8 +248,9 @@ class TokenIndexCache(KV_Cache):
         # [B, 1, Hkv * g, D] -> [B * Hkv, g, D]
         queries = query_states.reshape(-1, self.group_size, self.head_dim)
         shape = (self.batch_size, self.kv_head, self.group_size * self.top_k)
-        ids = torch.full(shape, -1, dtype=torch.int32)
-        weights = torch.zeros(shape) if self.estimation == "softmax_lift" else None
+        pinned = query_states.is_cuda
+        ids = torch.full(shape, -1, dtype=torch.int32, pin_memory=pinned)
+        weights = torch.zeros(shape, pin_memory=pinned) if self.estimation == "softmax_lift" else None
         found = []
         for group in self._groups[layer_idx]:
             rows = slice(group.start * self.kv_head, (group.start + group.count) * self.kv_head)
