@@ -149,7 +149,7 @@ PYBIND11_MODULE(_native, m) {
                                     {at<int64_t>(touched) + begin, at<float>(log_left) + begin,
                                      at<float>(scale) + begin, at<float>(lost_mean) + begin * values.dim});
             };
-            constexpr int64_t kWorthWaking = 256;
+            constexpr int64_t kWorthWaking = 1024;  // positions
             if (values.heads * width < kWorthWaking)
                 for (int64_t h = 0; h < values.heads; ++h) one(h);
             else

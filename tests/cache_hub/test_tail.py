@@ -188,7 +188,7 @@ def taken_away(
 def test_the_bookkeeping_is_that_of_plain_torch(rows: tuple[int, int], dim: int, dtype: torch.dtype) -> None:
     """Few and many clusters, of which some lose every member, and some positions, none or all of them pads."""
     torch.manual_seed(0)
-    n, first = 211, 3
+    n, first = 301, 3
     for number in (1, 7, 150):
         tail = CentroidTail(*rows, dim, dtype, torch.device("cpu"), num_threads=2)
         tail._reserve(number + 1, n)
