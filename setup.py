@@ -1,4 +1,4 @@
-"""Builds the native graph (csrc/) as cache_hub.index._native; all other metadata is in pyproject.toml."""
+"""Builds the native code (csrc/) as cache_hub.index._native; all other metadata is in pyproject.toml."""
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
@@ -7,8 +7,14 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "cache_hub.index._native",
-            sources=["csrc/bindings.cpp", "csrc/graph_build.cpp", "csrc/graph_search.cpp", "csrc/rows.cpp"],
-            depends=["csrc/graph.h", "csrc/rows.h", "csrc/thread_pool.h"],
+            sources=[
+                "csrc/bindings.cpp",
+                "csrc/graph_build.cpp",
+                "csrc/graph_search.cpp",
+                "csrc/rows.cpp",
+                "csrc/tail.cpp",
+            ],
+            depends=["csrc/graph.h", "csrc/rows.h", "csrc/tail.h", "csrc/thread_pool.h"],
             include_dirs=["csrc"],
             cxx_std=17,
             extra_compile_args=["-O3", "-fopenmp-simd", "-fno-math-errno", "-Wall"],

@@ -207,7 +207,8 @@ class TokenIndexCache(KV_Cache):
             self.stats.seconds[stage] += self._tail_seconds
 
     def _new_tail(self, layer_idx: int) -> CentroidTail:
-        tail = CentroidTail(self.batch_size, self.kv_head, self.head_dim, self.dtype, self.devices[layer_idx])
+        how = (self.dtype, self.devices[layer_idx], self.num_threads)
+        tail = CentroidTail(self.batch_size, self.kv_head, self.head_dim, *how)
         for group in self._groups[layer_idx]:
             sequences, length = slice(group.start, group.start + group.count), self.prompt_lengths[group.start]
             indexed = self.indexed_range(length)
@@ -231,11 +232,8 @@ class TokenIndexCache(KV_Cache):
             parts.append(WeightedPart(self._keys[layer_idx], self._values[layer_idx], there, log_weights, None))
             if self.estimation == "centroid":
                 with self.stats.timed("estimate"):
-                    rest, clusters = self._tails[layer_idx].parts(
-                        query_states,
-                        torch.where(ids >= 0, ids - self.sinks, -1),
-                        self._rows_of_values(ids, layer_idx),
-                    )
+                    values = self._values[layer_idx]
+                    rest, clusters = self._tails[layer_idx].parts(query_states, ids, values, self.sinks)
                 self.stats.estimated += clusters
                 if self.estimation_budget < 1:
                     self.stats.scored += self.num_heads * sum(self._tails[layer_idx].clusters)
@@ -250,8 +248,9 @@ class TokenIndexCache(KV_Cache):
         # [B, 1, Hkv * g, D] -> [B * Hkv, g, D]
         queries = query_states.reshape(-1, self.group_size, self.head_dim)
         shape = (self.batch_size, self.kv_head, self.group_size * self.top_k)
-        ids = torch.full(shape, -1, dtype=torch.int32)
-        weights = torch.zeros(shape) if self.estimation == "softmax_lift" else None
+        pinned = query_states.is_cuda
+        ids = torch.full(shape, -1, dtype=torch.int32, pin_memory=pinned)
+        weights = torch.zeros(shape, pin_memory=pinned) if self.estimation == "softmax_lift" else None
         found = []
         for group in self._groups[layer_idx]:
             rows = slice(group.start * self.kv_head, (group.start + group.count) * self.kv_head)
@@ -270,14 +269,6 @@ class TokenIndexCache(KV_Cache):
         self.stats.attended += attended
         self.stats.bytes_moved += 2 * attended * self.head_dim * self.dtype.itemsize
         return found, ids, None if weights is None else weights.to(query_states.device, non_blocking=True)
-
-    def _rows_of_values(self, ids: Tensor, layer_idx: int) -> Tensor:
-        """The values [B, Hkv, T, D] of positions ids [B, Hkv, T], of position 0 where padded; all in CPU memory."""
-        store = self._values[layer_idx]
-        batch, heads, tokens, dim = store.shape
-        first = torch.arange(batch * heads).view(batch, heads, 1) * tokens
-        rows = store.view(-1, dim).index_select(0, (first + ids.clamp(min=0)).flatten())
-        return rows.view(*ids.shape, dim)
 
     def _count_tokens(self, layer_idx: int) -> None:
         static = sum(self._zones[layer_idx].counts)

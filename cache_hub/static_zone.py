@@ -38,11 +38,17 @@ class StaticZone:
             more = (*self.keys.shape[:2], max(capacity // 2, 64), self.keys.shape[3])
             self.keys = torch.cat((self.keys, self.keys.new_empty(more)), 2)
             self.values = torch.cat((self.values, self.values.new_empty(more)), 2)
-        for b, at in enumerate(self.counts):
-            self.keys[b, :, at] = key_states[b, 0]
-            self.values[b, :, at] = value_states[b, 0]
+        for sequences, at in self._ends():
+            self.keys[sequences, :, at] = key_states[sequences, 0]
+            self.values[sequences, :, at] = value_states[sequences, 0]
         self.counts = [count + 1 for count in self.counts]
         self._lengths += 1
+
+    def _ends(self) -> list[tuple[slice, int]]:
+        """Where the sequences end: together, where all have the same length, for few copies."""
+        if len(set(self.counts)) == 1:
+            return [(slice(None), self.counts[0])]
+        return [(slice(b, b + 1), at) for b, at in enumerate(self.counts)]
 
     def drop_last(self, tokens: int) -> None:
         """Forgets the tokens of every sequence that came last."""

@@ -8,6 +8,8 @@ from torch import Tensor
 from attn_hub import WeightedPart
 
 from .clusters import cluster_keys
+from .index import _native
+from .index.key_store import as_key_store
 
 # Of a cluster, on average: centroids and mean values in the store's type then are less than an eighth of its bytes.
 TOKENS_PER_CLUSTER = 10
@@ -25,9 +27,11 @@ class CentroidTail:
     attended to otherwise, are ours. Numbers of tokens are exact, sums of values to the rounding of their mean in the
     store's type; float32 means would take a twentieth of the store more and did not err less on real traces.
 
-    centroids, value_means [B, Hkv, C, D] in the store's type and sizes [B, Hkv, C] float32, 0 where no cluster is, lie
-    on the layer's device; assignment [B, Hkv, N] int32, the cluster of every indexed token, in CPU memory as the
-    tokens. share: of a sequence's clusters, the best of which are attended to; 1 is all.
+    centroids, value_means [B, Hkv, C, D] in the store's type and log_sizes [B, Hkv, C] float32, -inf where no cluster
+    is, lie on the layer's device; sizes [B, Hkv, C] float32, 0 where no cluster is, and assignment [B, Hkv, N] int32,
+    the cluster of every indexed token, in CPU memory as the tokens. The last of the C is no cluster: pads mean it.
+    share: of a sequence's clusters, the best of which are attended to; 1 is all. num_threads: on the CPU; None is
+    torch's own count.
     """
 
     def __init__(
@@ -37,14 +41,16 @@ class CentroidTail:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        num_threads: int | None = None,
     ) -> None:
         self.share = 1.0
+        self.num_threads = num_threads or torch.get_num_threads()
         self.centroids = torch.zeros(batch_size, kv_heads, 0, head_dim, dtype=dtype, device=device)
         self.value_means = torch.zeros_like(self.centroids)
-        self.sizes = torch.zeros(batch_size, kv_heads, 0, device=device)
+        self.log_sizes = torch.zeros(batch_size, kv_heads, 0, device=device)
+        self.sizes = torch.zeros(batch_size, kv_heads, 0)
         self.assignment = torch.zeros(batch_size, kv_heads, 0, dtype=torch.int32)
         self.clusters = [0] * batch_size
-        self._sizes_here = self.sizes.cpu()
 
     def add(self, sequences: slice, keys: Tensor, values: Tensor, query_moment: Tensor) -> None:
         """Clusters keys and values [b, Hkv, N, D], any device, of sequences that have none yet.
@@ -56,7 +62,7 @@ class CentroidTail:
         number = max(tokens // (TOKENS_PER_CLUSTER * segments), 1) * segments
         there = keys.flatten(0, 1).to(device), values.flatten(0, 1).to(device)
         made = cluster_keys(*there, segments, number, _ITERATIONS, query_moment.to(device))
-        self._reserve(number, tokens)
+        self._reserve(number + 1, tokens)
         means = made.value_sums / made.sizes.clamp(min=1)[..., None]
         for table, made_of in (
             (self.centroids, made.centroids),
@@ -67,64 +73,80 @@ class CentroidTail:
             rows = made_of.unflatten(0, (batch, heads))
             table[sequences, :, : rows.shape[2]] = rows.to(table.dtype)
         self.clusters[sequences] = [number] * batch
-        self._sizes_here = self.sizes.cpu()
+        self.log_sizes = self.sizes.log().to(device)
 
-    def parts(self, query: Tensor, ids: Tensor, values: Tensor) -> tuple[list[WeightedPart], int]:
+    def parts(self, query: Tensor, positions: Tensor, values: Tensor, first: int) -> tuple[list[WeightedPart], int]:
         """The rest of the tokens for query [B, 1, H, D], and how many clusters stand for it.
 
-        ids [B, Hkv, T]: the indexed tokens attended to exactly, none twice, -1 pads; values [B, Hkv, T, D]: theirs, of
-        any content where padded; both in CPU memory. Parts: the clusters as they are, and those that lost members.
+        positions [B, Hkv, T] int32, contiguous: where in values [B, Hkv, L, D], the store, the indexed tokens attended
+        to exactly lie, none twice, -1 pads; first: where the first indexed token lies. Both tensors in CPU memory.
+        Parts: the clusters as they are, and those that lost members. ValueError where a position is not an indexed one.
         """
-        device, number = self.sizes.device, self.sizes.shape[2]
-        losses = self._lost(ids, values)
-        touched, lost, lost_values = (table.to(device, non_blocking=True) for table in losses)
-        used = touched < number
-        at = touched.clamp(max=number - 1)
-        wide = at[..., None].expand(*at.shape, self.centroids.shape[3])
-        sizes = self.sizes.gather(2, at)
-        left = (sizes - lost).masked_fill_(~used, 0)
-        means = self.value_means.gather(2, wide).float() * sizes[..., None] - lost_values
-        means = means / left.clamp(min=1)[..., None]
-        whole = torch.nn.functional.pad(self.sizes, (0, 1)).scatter_(2, touched, 0)[..., :number]
+        (touched, log_left, scale, lost_mean), count = self._take_away(positions, values, first)
+        whole = self.log_sizes.flatten().index_fill(0, touched, float("-inf")).view_as(self.log_sizes)
         if self.share < 1:
             chosen = self._chosen(query)
-            whole = whole * chosen
-            left = left * chosen.gather(2, at)
-            count = int((whole > 0).sum() + (left > 0).sum())
-        else:
-            count = self._count_left(*losses[:2])
+            whole = whole.masked_fill(~chosen, float("-inf"))
+            log_left = log_left.masked_fill(~chosen.take(touched).view_as(log_left), float("-inf"))
+            count = int(whole.isfinite().sum() + log_left.isfinite().sum())
+        keys, means = (table.flatten(0, 2).index_select(0, touched) for table in (self.centroids, self.value_means))
+        values_left = means.float().mul_(scale[:, None]).sub_(lost_mean).to(means.dtype)
+        shape = (*positions.shape, -1)
         parts = [
-            WeightedPart(self.centroids, self.value_means, None, whole.log(), None),
-            WeightedPart(self.centroids.gather(2, wide), means.to(self.value_means.dtype), None, left.log(), None),
+            WeightedPart(self.centroids, self.value_means, None, whole, None),
+            WeightedPart(keys.view(shape), values_left.view(shape), None, log_left, None),
         ]
         return parts, count
 
-    def _count_left(self, touched: Tensor, lost: Tensor) -> int:
-        """Clusters that keep a member; arguments as _lost returns them."""
-        sizes = torch.nn.functional.pad(self._sizes_here, (0, 1), value=float("inf")).gather(2, touched)
-        return int((self._sizes_here > 0).sum() - (sizes <= lost).sum())
+    def _take_away(self, positions: Tensor, values: Tensor, first: int) -> tuple[list[Tensor], int]:
+        """What becomes of the clusters that lose positions of values as in `parts`, and how many of all keep a member.
 
-    def _lost(self, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the clusters lose to ids and values as in `parts`: clusters [B, Hkv, T] int64, each once, C where there
-        is none; how many members [B, Hkv, T] float32; the sum of their values [B, Hkv, T, D] float32."""
-        number = self.sizes.shape[2]
-        cluster = self.assignment.gather(2, ids.clamp(min=0).long()).long().masked_fill_(ids < 0, number)
-        cluster, order = cluster.sort(dim=2)
-        starts = cluster.diff(dim=2, prepend=torch.full_like(cluster[..., :1], -1)) != 0
-        slot = starts.cumsum(2) - 1
-        member = (cluster < number).float()
-        lost = torch.zeros_like(member).scatter_add_(2, slot, member)
-        batch, heads, tokens, dim = values.shape
-        row = torch.arange(batch * heads).view(batch, heads, 1) * tokens
-        rows = values.view(-1, dim).index_select(0, (row + order).flatten()).float() * member.view(-1, 1)
-        lost_values = rows.new_zeros(rows.shape).index_add_(0, (row + slot).flatten(), rows).view(values.shape)
-        return torch.full_like(cluster, number).scatter_(2, slot, cluster), lost, lost_values
+        On the layer's device: those clusters [B * Hkv * T] int64, rows of the tables' B * Hkv * C, per kv head each
+        once, ascending, then its last as pad; the logarithm of how many members are left [B, Hkv, T], -inf for none and
+        pads; with which factor [B * Hkv * T] a mean value counts, and what [B * Hkv * T, D] comes off the product, so
+        that the mean value of the rest is left; both 0 for none and pads.
+        """
+        (batch, heads, width), dim = positions.shape, values.shape[3]
+        if positions.dtype != torch.int32 or positions.device.type != "cpu" or not positions.is_contiguous():
+            raise ValueError(
+                f"positions: got {positions.dtype} on {positions.device} with strides {positions.stride()}, allowed: "
+                "int32 in CPU memory, contiguous"
+            )
+        tokens = self.assignment.shape[2]
+        if not positions.shape[:2] == values.shape[:2] == self.sizes.shape[:2] or dim != self.centroids.shape[3]:
+            raise ValueError(
+                f"positions, values: got {list(positions.shape)}, {list(values.shape)}, allowed: [B, Hkv, T], "
+                f"[B, Hkv, L, D] of B, Hkv, D = {list(self.centroids.shape[:2])}, {self.centroids.shape[3]}"
+            )
+        if not 0 <= first <= values.shape[2] - tokens:
+            raise ValueError(f"first: got {first}, allowed: 0 to {values.shape[2] - tokens}, for {tokens} tokens")
+        device, pads, rows = self.log_sizes.device, batch * heads * width, values.flatten(0, 1)
+        # One buffer, one copy: an int64 takes two floats. Beside a GPU it comes from torch's pinned memory, which is
+        # not handed out again before the copy is done.
+        packed = torch.empty(pads * (4 + dim), pin_memory=device.type == "cuda")
+        places = [packed.data_ptr() + 4 * at * pads for at in (0, 2, 3, 4)]
+        count = _native.take_away(
+            as_key_store(rows),
+            self.assignment.data_ptr(),
+            tokens,
+            self.sizes.data_ptr(),
+            self.sizes.shape[2],
+            positions.data_ptr(),
+            width,
+            first,
+            self.num_threads,
+            *places,
+        )
+        there = packed.to(device, non_blocking=True).split((2 * pads, pads, pads, dim * pads))
+        touched, log_left, scale, lost_mean = there
+        tables = [touched.view(torch.int64), log_left.view(positions.shape), scale, lost_mean.view(pads, dim)]
+        return tables, count
 
     def _chosen(self, query: Tensor) -> Tensor:
         """[B, Hkv, C] bool: the clusters of largest estimated mass, summed over the group's query heads."""
         batch, heads, _, dim = self.centroids.shape
         grouped = query.reshape(batch, heads, -1, dim).float() * dim**-0.5
-        logits = grouped @ self.centroids.float().transpose(2, 3) + self.sizes.log()[:, :, None]
+        logits = grouped @ self.centroids.float().transpose(2, 3) + self.log_sizes[:, :, None]
         mass = logits.softmax(-1).sum(2)
         rank = mass.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
         wanted = torch.tensor([round(count * self.share) for count in self.clusters], device=rank.device)
@@ -144,4 +166,5 @@ class CentroidTail:
 
     @property
     def nbytes(self) -> int:
-        return sum(table.nbytes for table in (self.centroids, self.value_means, self.sizes, self.assignment))
+        tables = (self.centroids, self.value_means, self.log_sizes, self.sizes, self.assignment)
+        return sum(table.nbytes for table in tables)

@@ -4,8 +4,11 @@
 
 #include <memory>
 #include <mutex>
+#include <numeric>
+#include <vector>
 
 #include "graph.h"
+#include "tail.h"
 
 namespace py = pybind11;
 using namespace rag;
@@ -32,7 +35,7 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Keys of all kv heads: [heads, n, dim] with contiguous rows, and extra [heads, n] float32 or nothing (0).
+// Keys or values of all kv heads: [heads, n, dim] with contiguous rows, and extra [heads, n] float32 or nothing (0).
 struct KeyStore {
     uintptr_t address;
     int dtype;
@@ -49,7 +52,7 @@ struct KeyStore {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-    m.doc() = "Construction of and search in attention-aware graphs (C++).";
+    m.doc() = "Construction of and search in attention-aware graphs, bookkeeping of clusters (C++).";
 
     py::class_<KeyStore>(m, "KeyStore")
         .def(py::init<uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t>(), py::arg("address"), py::arg("dtype"),
@@ -129,4 +132,29 @@ PYBIND11_MODULE(_native, m) {
             });
         },
         "Searches one query per (kv head, query head of its group).");
+
+    m.def(
+        "take_away",
+        [](const KeyStore& values, uintptr_t assignment, int64_t tokens, uintptr_t sizes, int64_t clusters,
+           uintptr_t positions, int64_t width, int64_t first, int num_threads, uintptr_t touched, uintptr_t log_left,
+           uintptr_t scale, uintptr_t lost_mean) {
+            py::gil_scoped_release release;
+            std::vector<int64_t> kept(values.heads);
+            const auto one = [&](int64_t h) {
+                const int64_t begin = h * width;
+                kept[h] = take_away(values.head(h),
+                                    {at<const int32_t>(assignment) + h * tokens, tokens,
+                                     at<const float>(sizes) + h * clusters, clusters, h * clusters},
+                                    at<const int32_t>(positions) + begin, width, first,
+                                    {at<int64_t>(touched) + begin, at<float>(log_left) + begin,
+                                     at<float>(scale) + begin, at<float>(lost_mean) + begin * values.dim});
+            };
+            constexpr int64_t kWorthWaking = 1024;  // positions
+            if (values.heads * width < kWorthWaking)
+                for (int64_t h = 0; h < values.heads; ++h) one(h);
+            else
+                threads(num_threads)->parallel_for(values.heads, 1, one);
+            return std::accumulate(kept.begin(), kept.end(), int64_t{0});
+        },
+        "Takes tokens away from the clusters of every kv head; returns how many clusters keep a token.");
 }

@@ -69,6 +69,36 @@ RAG_CLONES void score_bfloat(const float* q, const Rows& r, const int32_t* ids, 
 }
 
 template <class T>
+inline __attribute__((always_inline)) void add_rows(const Rows& rows, const Rows::Term* terms, int64_t count,
+                                                    float* out) {
+    const T* base = static_cast<const T*>(rows.data);
+    const int64_t dim = rows.dim;
+    constexpr int64_t kAhead = 8;
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t i = 0; i < count; ++i) {
+        if (i + kAhead < count) {
+            const T* next = base + terms[i + kAhead].id * rows.stride;
+            for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(next + d);
+        }
+        const T* row = base + terms[i].id * rows.stride;
+        const float weight = terms[i].weight;
+        float* sum = out + terms[i].slot * dim;
+#pragma omp simd
+        for (int64_t d = 0; d < dim; ++d) sum[d] += weight * static_cast<float>(row[d]);
+    }
+}
+
+RAG_CLONES void add_float(const Rows& r, const Rows::Term* terms, int64_t n, float* out) {
+    add_rows<float>(r, terms, n, out);
+}
+RAG_CLONES void add_half(const Rows& r, const Rows::Term* terms, int64_t n, float* out) {
+    add_rows<Half>(r, terms, n, out);
+}
+RAG_CLONES void add_bfloat(const Rows& r, const Rows::Term* terms, int64_t n, float* out) {
+    add_rows<BFloat>(r, terms, n, out);
+}
+
+template <class T>
 void load_row(const Rows& rows, int32_t id, float* out) {
     const T* row = static_cast<const T*>(rows.data) + id * rows.stride;
     for (int64_t d = 0; d < rows.dim; ++d) out[d] = static_cast<float>(row[d]);
@@ -103,6 +133,14 @@ void Rows::load(int32_t id, float* out) const {
         case Dtype::bfloat16: load_row<BFloat>(*this, id, out); break;
     }
     if (extra) out[dim] = extra[id];
+}
+
+void Rows::add(const Term* terms, int64_t count, float* out) const {
+    switch (dtype) {
+        case Dtype::float32: add_float(*this, terms, count, out); break;
+        case Dtype::float16: add_half(*this, terms, count, out); break;
+        case Dtype::bfloat16: add_bfloat(*this, terms, count, out); break;
+    }
 }
 
 }  // namespace rag

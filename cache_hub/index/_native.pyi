@@ -57,3 +57,18 @@ def search(
     scores: int,
     keys_scored: int,
 ) -> None: ...
+def take_away(
+    values: KeyStore,
+    assignment: int,
+    tokens: int,
+    sizes: int,
+    clusters: int,
+    positions: int,
+    width: int,
+    first: int,
+    num_threads: int,
+    touched: int,
+    log_left: int,
+    scale: int,
+    lost_mean: int,
+) -> int: ...
