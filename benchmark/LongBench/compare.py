@@ -6,6 +6,7 @@ python -m benchmark.LongBench.compare RECORDS, where RECORDS is a folder of the 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +30,8 @@ class Agreement:
 
     difference: score less full's, in points. rouge_l: rouge-L f of the strategy's text against full's, 0 to 1.
     same_prefix: characters before the first difference as a share of the longer text. identical: share of samples.
+    answered: samples to which full attention's answer is not blank, same_answer: how many of these have the same text;
+    two blank answers agree too, and say nothing.
     """
 
     strategy: str
@@ -40,6 +43,8 @@ class Agreement:
     rouge_l: float
     same_prefix: float
     identical: float
+    answered: int
+    same_answer: int
 
 
 def similarity(text: str, other: str, language: str) -> float:
@@ -63,7 +68,7 @@ def compare_dataset(dataset: str, strategy: str, records: Sequence[Record], full
         raise ValueError(f"{dataset}: {strategy} and {REFERENCE} hold different samples; run both in one folder")
     texts = [(record["pred"], other["pred"], other["language"]) for record, other in zip(records, full, strict=True)]
     score, reference = score_dataset(dataset, records), score_dataset(dataset, full)
-    count = len(texts)
+    count, answered = len(texts), [text == other for text, other, _ in texts if other.strip()]
     return Agreement(
         strategy,
         dataset,
@@ -74,6 +79,8 @@ def compare_dataset(dataset: str, strategy: str, records: Sequence[Record], full
         sum(similarity(*pair) for pair in texts) / count,
         sum(same_prefix(text, other) for text, other, _ in texts) / count,
         sum(text == other for text, other, _ in texts) / count,
+        len(answered),
+        sum(answered),
     )
 
 
@@ -98,13 +105,15 @@ def compare(records: Mapping[str, Mapping[str, Sequence[Record]]]) -> list[Agree
 def table(rows: Sequence[Agreement]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| strategy | dataset | samples | full | score | difference | rouge-L f | same prefix | identical |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| strategy | dataset | samples | full | score | difference | rouge-L f | same prefix | identical "
+        "| where answered |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         lines.append(
             f"| {row.strategy} | {row.dataset} | {row.samples} | {row.full:.2f} | {row.score:.2f} | "
-            f"{row.difference:+.2f} | {row.rouge_l:.3f} | {row.same_prefix:.3f} | {row.identical:.0%} |"
+            f"{row.difference:+.2f} | {row.rouge_l:.3f} | {row.same_prefix:.3f} | {row.identical:.0%} | "
+            f"{row.same_answer} of {row.answered} |"
         )
     return "\n".join(lines)
 
@@ -112,7 +121,7 @@ def table(rows: Sequence[Agreement]) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path, help="folder of the runner: <strategy>/<dataset>.jsonl")
-    parser.add_argument("--output", type=Path, help="JSON file for the rows")
+    parser.add_argument("--output", type=Path, help="JSON file for the rows, with the run's protocol and environment")
     return parser.parse_args(argv)
 
 
@@ -123,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         require_packages([METRIC[name] for by_dataset in records.values() for name in by_dataset] + ["rouge_zh"])
         rows = compare(records)
         if args.output is not None:
-            write_json(args.output, [asdict(row) for row in rows])
+            write_json(args.output, {**_told(args.records), "rows": [asdict(row) for row in rows]})
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"compare: error: {error}", file=sys.stderr)
         return 2
@@ -131,11 +140,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _told(folder: Path) -> dict[str, Any]:
+    """Protocol and environment of the runner's results, where they are there."""
+    path = folder / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {key: results[key] for key in ("config", "environment") if key in results}
+
+
 def _mean(rows: Sequence[Agreement]) -> Agreement:
     values = ("full", "score", "difference", "rouge_l", "same_prefix", "identical")
     means = {name: sum(getattr(row, name) for row in rows) / len(rows) for name in values}
-    samples = sum(row.samples for row in rows)
-    return Agreement(rows[0].strategy, f"mean of {len(rows)}", samples, **means)
+    counts = {name: sum(getattr(row, name) for row in rows) for name in ("samples", "answered", "same_answer")}
+    return Agreement(rows[0].strategy, f"mean of {len(rows)}", **means, **counts)
 
 
 if __name__ == "__main__":

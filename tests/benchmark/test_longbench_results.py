@@ -166,8 +166,16 @@ def test_agreement_with_full_attention() -> None:
     assert (hotpotqa.rouge_l, hotpotqa.same_prefix, hotpotqa.identical) == (0.5, 0.5, 0.5)
     assert (trec.difference, trec.identical) == (-100, 0)
     assert (mean.samples, mean.difference, mean.identical) == (3, -25, 0.25)
+    assert [(row.answered, row.same_answer) for row in rows] == [(2, 1), (1, 0), (3, 1), (1, 1), (1, 1)]
     assert rows[4].rouge_l == 1
-    assert "| flat | hotpotqa | 2 | 50.00 | 100.00 | +50.00 | 0.500 | 0.500 | 50% |" in table(rows)
+    assert "| flat | hotpotqa | 2 | 50.00 | 100.00 | +50.00 | 0.500 | 0.500 | 50% | 1 of 2 |" in table(rows)
+
+
+def test_blank_answers_are_not_counted_as_the_same_answer() -> None:
+    pytest.importorskip("rouge")
+    found = {"full": {"hotpotqa": records("hotpotqa", "", "dog")}, "flat": {"hotpotqa": records("hotpotqa", "", "cat")}}
+    row = compare(found)[0]
+    assert (row.identical, row.answered, row.same_answer) == (0.5, 1, 0)
 
 
 def test_agreement_needs_the_same_samples_and_full_attention() -> None:
@@ -189,7 +197,10 @@ def test_compare_reads_a_runners_folder(tmp_path: Path, capsys: pytest.CaptureFi
             text = "".join(json.dumps(line) + "\n" for line in lines)
             (tmp_path / strategy / f"{dataset}.jsonl").write_text(text)
     (tmp_path / "parts").mkdir()
+    results = {"config": {"model": "m"}, "environment": {"commit": "c"}, "results": {}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
     assert main([str(tmp_path), "--output", str(tmp_path / "rows.json")]) == 0
     assert "| flat | mean of 2 | 3 |" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "rows.json").read_text())) == 5
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert (written["config"], written["environment"], len(written["rows"])) == ({"model": "m"}, {"commit": "c"}, 5)
     assert main([str(tmp_path / "nowhere")]) == 2
