@@ -14,7 +14,7 @@ setup(
                 "csrc/rows.cpp",
                 "csrc/tail.cpp",
             ],
-            depends=["csrc/graph.h", "csrc/rows.h", "csrc/tail.h", "csrc/thread_pool.h"],
+            depends=["csrc/graph.h", "csrc/graph_search.h", "csrc/rows.h", "csrc/tail.h", "csrc/thread_pool.h"],
             include_dirs=["csrc"],
             cxx_std=17,
             extra_compile_args=["-O3", "-fopenmp-simd", "-fno-math-errno", "-Wall"],

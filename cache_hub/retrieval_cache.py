@@ -16,8 +16,8 @@ from attn_hub import WeightedPart, weighted_decode_attention
 from config import ESTIMATIONS
 
 from .cache import KV_Cache
-from .diagnosis import agreement_with_exact, unite
-from .index import TokenIndex
+from .diagnosis import agreement_with_exact
+from .index import TokenIndex, _native
 from .lift import SoftmaxLift
 from .static_zone import StaticZone, check_static, sinks_and_window
 from .stats import Agreement, CacheStats
@@ -244,31 +244,33 @@ class TokenIndexCache(KV_Cache):
 
     def _retrieve(self, query_states: Tensor, layer_idx: int) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """What every group's search found, index ids [R, g, top_k], and the positions to attend to: the union over
-        each kv head's group, [B, Hkv, g * top_k] int32 on the CPU, -1 pads; their log weights on the query's device."""
+        each kv head's group, [B, Hkv, T <= g * top_k] int32 on the CPU, -1 pads; their log weights on the query's
+        device."""
         # [B, 1, Hkv * g, D] -> [B * Hkv, g, D]
         queries = query_states.reshape(-1, self.group_size, self.head_dim)
         shape = (self.batch_size, self.kv_head, self.group_size * self.top_k)
         pinned = query_states.is_cuda
-        ids = torch.full(shape, -1, dtype=torch.int32, pin_memory=pinned)
+        ids = torch.full(shape, -1, dtype=torch.int32)
         weights = torch.zeros(shape, pin_memory=pinned) if self.estimation == "softmax_lift" else None
-        found = []
+        found, most = [], 0
         for group in self._groups[layer_idx]:
             rows = slice(group.start * self.kv_head, (group.start + group.count) * self.kv_head)
             sequences = slice(group.start, group.start + group.count)
             if group.lift is not None and weights is not None:
                 sample, result = group.lift.search(queries[rows], self.top_k)
-                united = sample.ids
+                ids[sequences] = torch.where(sample.ids >= 0, sample.ids + self.sinks, -1).view(-1, *shape[1:])
                 weights[sequences] = sample.log_weights.view(-1, *shape[1:])
+                attended, most = int((sample.ids >= 0).sum()), shape[2]
             else:
                 result = group.index.search(queries[rows], self.top_k)
-                united = unite(result.ids.cpu())
-            ids[sequences] = torch.where(united >= 0, united + self.sinks, -1).view(-1, *shape[1:])
+                counts = _write_union(result.ids, self.sinks, ids[sequences])
+                attended, most = sum(counts), max(most, *counts)
             found.append(result.ids)
             self.stats.scored += int(result.keys_scored.sum())
-        attended = int((ids >= 0).sum())
-        self.stats.attended += attended
-        self.stats.bytes_moved += 2 * attended * self.head_dim * self.dtype.itemsize
-        return found, ids, None if weights is None else weights.to(query_states.device, non_blocking=True)
+            self.stats.attended += attended
+            self.stats.bytes_moved += 2 * attended * self.head_dim * self.dtype.itemsize
+        out = torch.empty((*shape[:2], most), dtype=torch.int32, pin_memory=pinned).copy_(ids[..., :most])
+        return found, out, None if weights is None else weights.to(query_states.device, non_blocking=True)
 
     def _count_tokens(self, layer_idx: int) -> None:
         static = sum(self._zones[layer_idx].counts)
@@ -295,3 +297,10 @@ class TokenIndexCache(KV_Cache):
         indexes = sum((group.lift or group.index).nbytes for groups in self._groups for group in groups)
         tails = self._tails if self.estimation == "centroid" else []
         return indexes + sum(tail.nbytes for tail in tails)
+
+
+def _write_union(found: Tensor, first: int, out: Tensor) -> list[int]:
+    """Writes the different ids of every row of found [R, g, k] int32, plus `first`, into out, contiguous, of R rows of
+    g * k, both on the CPU, with -1 pads at the end; how many each row has."""
+    ids = found.contiguous()
+    return _native.unite(ids.data_ptr(), len(ids), ids[0].numel(), first, out.data_ptr())

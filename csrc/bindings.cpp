@@ -1,13 +1,19 @@
 // Python bindings. Tensors come as addresses: the caller owns them, keeps them alive and has checked their shapes.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pthread.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <numeric>
 #include <vector>
 
 #include "graph.h"
+#include "graph_search.h"
 #include "tail.h"
 
 namespace py = pybind11;
@@ -15,8 +21,12 @@ using namespace rag;
 
 namespace {
 
+constexpr int64_t kTurns = 8;  // searches of one thread in turns, at most
+
+std::atomic<bool> forked{false};  // from a process that may have had threads
+
 // The pool of the latest thread count asked for; a caller that still works with the one before keeps that alive.
-// A forked child has none of its parent's threads: it leaves their pool alone and makes its own.
+// A forked child has none of its parent's threads, torch's neither: it leaves their pool alone and makes its own.
 std::shared_ptr<ThreadPool> threads(int count) {
     static std::mutex mutex;
     static auto* pool = new std::shared_ptr<ThreadPool>;
@@ -26,7 +36,7 @@ std::shared_ptr<ThreadPool> threads(int count) {
         pool = new std::shared_ptr<ThreadPool>;
         owner = getpid();
     }
-    if (!*pool || (*pool)->size() != count) *pool = std::make_shared<ThreadPool>(count);
+    if (!*pool || (*pool)->size() != count) *pool = std::make_shared<ThreadPool>(count, !forked);
     return *pool;
 }
 
@@ -52,6 +62,7 @@ struct KeyStore {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
     m.doc() = "Construction of and search in attention-aware graphs, bookkeeping of clusters (C++).";
 
     py::class_<KeyStore>(m, "KeyStore")
@@ -121,17 +132,42 @@ PYBIND11_MODULE(_native, m) {
            uintptr_t queries, int64_t group, int64_t k, int64_t ef, int num_threads, uintptr_t ids, uintptr_t scores,
            uintptr_t keys_scored) {
             py::gil_scoped_release release;
-            threads(num_threads)->parallel_for(keys.heads * group, 1, [&](int64_t i) {
-                thread_local SearchScratch scratch;
-                const int64_t h = i / group;
-                const Graph graph{keys.head(h), at<const int32_t>(adjacency) + h * keys.n * degree, degree,
-                                  at<const int32_t>(entries) + h * num_entries, num_entries};
-                at<int64_t>(keys_scored)[i] =
-                    search_graph(graph, at<const float>(queries) + i * graph.keys.width(), k, ef, scratch, at<int32_t>(ids) + i * k,
-                                 at<float>(scores) + i * k);
+            std::vector<Graph> graphs;
+            for (int64_t h = 0; h < keys.heads; ++h)
+                graphs.push_back({keys.head(h), at<const int32_t>(adjacency) + h * keys.n * degree, degree,
+                                  at<const int32_t>(entries) + h * num_entries, num_entries});
+            // A task is some queries of one kv head, as many as leave every thread a few tasks.
+            const int64_t together = std::clamp<int64_t>(keys.heads * group / (2 * num_threads), 1, std::min<int64_t>(group, kTurns));
+            const int64_t tasks = (group + together - 1) / together;
+            threads(num_threads)->parallel_for(keys.heads * tasks, 1, [&](int64_t task) {
+                thread_local std::array<BeamSearch, kTurns> searches;
+                const Graph& graph = graphs[task / tasks];
+                const int64_t begin = task % tasks * together, count = std::min(together, group - begin);
+                const int64_t first = task / tasks * group + begin;
+                std::array<bool, kTurns> going{};
+                for (int64_t i = 0; i < count; ++i) {
+                    searches[i].start(graph, at<const float>(queries) + (first + i) * graph.keys.width(), std::max(ef, k));
+                    going[i] = true;
+                }
+                for (int64_t left = count; left;)
+                    for (int64_t i = 0; i < count; ++i)
+                        if (going[i] && !searches[i].step()) going[i] = false, --left;
+                for (int64_t i = 0; i < count; ++i)
+                    at<int64_t>(keys_scored)[first + i] = searches[i].finish(k, at<int32_t>(ids) + (first + i) * k, at<float>(scores) + (first + i) * k);
             });
         },
         "Searches one query per (kv head, query head of its group).");
+
+    m.def(
+        "unite",
+        [](uintptr_t ids, int64_t rows, int64_t width, int64_t first, uintptr_t positions) {
+            py::gil_scoped_release release;
+            std::vector<int64_t> counts(rows);
+            for (int64_t r = 0; r < rows; ++r)
+                counts[r] = unite(at<const int32_t>(ids) + r * width, width, first, at<int32_t>(positions) + r * width);
+            return counts;
+        },
+        "Each id of a row once, plus `first`, in the order met, then -1 pads; returns how many of each row.");
 
     m.def(
         "take_away",

@@ -1,4 +1,4 @@
-// Attention-aware graph over the keys of one kv head: construction and best-first search.
+// Attention-aware graph over the keys of one kv head: construction.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -54,28 +54,5 @@ int64_t build_graphs(const std::vector<HeadInput>& inputs, const BuildOptions& o
 // first by all queries and by the last ones, which decode queries resemble most. Of the keys only the number is read.
 // Returns the number of keys that had to be linked to become reachable.
 int64_t repair_graphs(const std::vector<HeadInput>& inputs, const BuildOptions& options, ThreadPool& pool);
-
-struct Graph {
-    Rows keys;
-    const int32_t* adjacency;
-    int64_t degree;
-    const int32_t* entries;
-    int64_t num_entries;
-};
-
-// Buffers of one searching thread, reused over queries: nothing is allocated or cleared per query.
-struct SearchScratch {
-    std::vector<uint32_t> seen;
-    uint32_t epoch = 0;
-    std::vector<Neighbour> beam;
-    std::vector<uint8_t> expanded;
-    std::vector<int32_t> fresh;
-    std::vector<float> scores;
-};
-
-// Best-first search with a beam of max(ef, k). ids, scores: [k], best first, -1 / -inf pads.
-// Returns the number of inner products computed.
-int64_t search_graph(const Graph& graph, const float* query, int64_t k, int64_t ef, SearchScratch& scratch, int32_t* ids,
-                     float* scores);
 
 }  // namespace rag

@@ -1,56 +1,145 @@
+#include "graph_search.h"
+
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
-#include "graph.h"
-
 namespace rag {
+namespace {
 
-int64_t search_graph(const Graph& graph, const float* query, int64_t k, int64_t ef, SearchScratch& s, int32_t* ids,
-                     float* scores) {
-    const int64_t n = graph.keys.n;
-    const int64_t width = std::min(std::max(ef, k), n);
-    const int64_t batch = std::max(graph.degree, graph.num_entries);
-    if (static_cast<int64_t>(s.seen.size()) < n) s.seen.assign(n, 0), s.epoch = 0;
-    if (++s.epoch == 0) std::fill(s.seen.begin(), s.seen.end(), 0), s.epoch = 1;
-    if (static_cast<int64_t>(s.beam.size()) < width + 1) s.beam.resize(width + 1), s.expanded.resize(width + 1);
-    if (static_cast<int64_t>(s.fresh.size()) < batch) s.fresh.resize(batch), s.scores.resize(batch);
+// A beam entry is one number, greater if nearer: the score's order, then the smaller id, then whether it waits for its
+// expansion. Ids differ, so the last bit decides nothing.
+constexpr uint32_t kIdBits = 0x7fffffffu;
 
-    int64_t filled = 0, next = 0, scored = 0;
-    auto visit = [&](const int32_t* links, int64_t count) {
-        int64_t fresh = 0;
-        for (int64_t i = 0; i < count && links[i] >= 0; ++i) {
-            if (s.seen[links[i]] == s.epoch) continue;
-            s.seen[links[i]] = s.epoch;
-            s.fresh[fresh++] = links[i];
-        }
-        graph.keys.score(query, s.fresh.data(), fresh, s.scores.data());
-        scored += fresh;
-        for (int64_t i = 0; i < fresh; ++i) {
-            const Neighbour candidate{s.scores[i], s.fresh[i]};
-            if (filled == width && !nearer(candidate, s.beam[filled - 1])) continue;
-            const auto begin = s.beam.begin();
-            const int64_t at = std::upper_bound(begin, begin + filled, candidate, nearer) - begin;
-            const int64_t last = std::min(filled, width - 1);
-            std::copy_backward(begin + at, begin + last, begin + last + 1);
-            std::copy_backward(s.expanded.begin() + at, s.expanded.begin() + last, s.expanded.begin() + last + 1);
-            s.beam[at] = candidate;
-            s.expanded[at] = 0;
-            filled = last + 1;
-            next = std::min(next, at);
-        }
-    };
-    visit(graph.entries, graph.num_entries);
-    while (true) {
-        while (next < filled && s.expanded[next]) ++next;
-        if (next == filled) break;
-        s.expanded[next] = 1;
-        visit(graph.adjacency + s.beam[next].id * graph.degree, graph.degree);
+uint64_t entry(float score, int32_t id) {
+    score += 0.f;  // -0 becomes 0
+    uint32_t bits;
+    std::memcpy(&bits, &score, 4);
+    const uint32_t order = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return static_cast<uint64_t>(order) << 32 | (kIdBits - static_cast<uint32_t>(id)) << 1 | 1u;
+}
+int32_t id_of(uint64_t e) { return static_cast<int32_t>(kIdBits - (static_cast<uint32_t>(e) >> 1)); }
+bool waits(uint64_t e) { return e & 1u; }
+float score_of(uint64_t e) {
+    const auto order = static_cast<uint32_t>(e >> 32);
+    const uint32_t bits = order & 0x80000000u ? order & 0x7fffffffu : ~order;
+    float score;
+    std::memcpy(&score, &bits, 4);
+    return score;
+}
+
+}  // namespace
+
+void BeamSearch::start(const Graph& graph, const float* query, int64_t width) {
+    graph_ = &graph;
+    query_ = query;
+    const int64_t n = graph.keys.n, batch = std::max(graph.degree, graph.num_entries);
+    width_ = std::min(width, n);
+    if (static_cast<int64_t>(seen_.size()) < n) seen_.assign(n, 0), epoch_ = 0;
+    if (++epoch_ == 0) std::fill(seen_.begin(), seen_.end(), 0), epoch_ = 1;
+    if (static_cast<int64_t>(beam_.size()) < width_ + 1) beam_.resize(width_ + 1);
+    if (static_cast<int64_t>(scores_.size()) < batch) fresh_.resize(batch + 1), scores_.resize(batch), good_.resize(batch + 1);
+    filled_ = next_ = fresh_count_ = scored_ = 0;
+    links_ = nullptr;
+    gather(graph.entries, graph.num_entries);
+}
+
+void BeamSearch::gather(const int32_t* links, int64_t count) {
+    // Most branches here would be guessed wrong: what is met already is written and then overwritten.
+    int32_t* fresh = fresh_.data();
+    uint8_t* seen = seen_.data();
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count && links[i] >= 0; ++i) {
+        const int32_t id = links[i];
+        fresh[kept] = id;
+        kept += seen[id] != epoch_;
+        seen[id] = epoch_;
     }
+    for (int64_t i = 0; i < kept; ++i) graph_->keys.prefetch(fresh[i]);
+    fresh_count_ = kept;
+}
+
+bool BeamSearch::step() {
+    if (links_) {
+        gather(links_, graph_->degree);
+        links_ = nullptr;
+        return true;
+    }
+    absorb();
+    for (; next_ < filled_; ++next_)
+        if (waits(beam_[next_])) break;
+    if (next_ == filled_) return false;
+    beam_[next_] &= ~uint64_t{1};
+    links_ = prefetched_links(next_);
+    for (int64_t later = next_ + 1; later < filled_; ++later)
+        if (waits(beam_[later])) {
+            prefetched_links(later);
+            break;
+        }
+    return true;
+}
+
+const int32_t* BeamSearch::prefetched_links(int64_t place) const {
+    const int32_t* links = graph_->adjacency + id_of(beam_[place]) * graph_->degree;
+    for (int64_t i = 0; i < graph_->degree; i += 16) __builtin_prefetch(links + i);
+    return links;
+}
+
+void BeamSearch::absorb() {
+    graph_->keys.score(query_, fresh_.data(), fresh_count_, scores_.data());
+    scored_ += fresh_count_;
+    const uint64_t least = filled_ == width_ ? beam_[filled_ - 1] : 0;
+    uint64_t* good = good_.data();
+    int64_t count = 0;
+    for (int64_t i = 0; i < fresh_count_; ++i) {
+        good[count] = entry(scores_[i], fresh_[i]);
+        count += good[count] > least;
+    }
+    for (int64_t i = 0; i < count; ++i) insert(good[i]);
+}
+
+void BeamSearch::insert(uint64_t candidate) {
+    uint64_t* beam = beam_.data();
+    if (filled_ == width_ && candidate < beam[filled_ - 1]) return;
+    // Its place, by halving without branches.
+    const uint64_t* from = beam;
+    for (int64_t length = filled_; length > 1;) {
+        const int64_t half = length / 2;
+        from += (from[half - 1] > candidate) * half;
+        length -= half;
+    }
+    const int64_t at = from - beam + (filled_ > 0 && *from > candidate), last = std::min(filled_, width_ - 1);
+    std::memmove(beam + at + 1, beam + at, (last - at) * sizeof(uint64_t));
+    beam[at] = candidate;
+    filled_ = last + 1;
+    next_ = std::min(next_, at);
+}
+
+int64_t BeamSearch::finish(int64_t k, int32_t* ids, float* scores) const {
     for (int64_t i = 0; i < k; ++i) {
-        ids[i] = i < filled ? s.beam[i].id : -1;
-        scores[i] = i < filled ? s.beam[i].score : -std::numeric_limits<float>::infinity();
+        ids[i] = i < filled_ ? id_of(beam_[i]) : -1;
+        scores[i] = i < filled_ ? score_of(beam_[i]) : -std::numeric_limits<float>::infinity();
     }
-    return scored;
+    return scored_;
+}
+
+int64_t unite(const int32_t* ids, int64_t width, int64_t first, int32_t* out) {
+    // An open hash table at most half full.
+    thread_local std::vector<int32_t> table;
+    int64_t slots = 2;
+    while (slots < 2 * width) slots *= 2;
+    table.assign(slots, -1);
+    int64_t count = 0;
+    for (int64_t i = 0; i < width; ++i) {
+        if (ids[i] < 0) continue;
+        int64_t slot = (static_cast<uint32_t>(ids[i]) * 2654435769u) & (slots - 1);
+        while (table[slot] >= 0 && table[slot] != ids[i]) slot = (slot + 1) & (slots - 1);
+        if (table[slot] == ids[i]) continue;
+        table[slot] = ids[i];
+        out[count++] = ids[i] + static_cast<int32_t>(first);
+    }
+    std::fill(out + count, out + width, -1);
+    return count;
 }
 
 }  // namespace rag

@@ -17,6 +17,12 @@ struct Rows {
     const float* extra;
 
     int64_t width() const { return dim + (extra ? 1 : 0); }
+    int64_t row_bytes() const { return dim * (dtype == Dtype::float32 ? 4 : 2); }
+    // Asks for a row that will be read soon.
+    void prefetch(int32_t id) const {
+        const char* row = static_cast<const char*>(data) + id * stride * (dtype == Dtype::float32 ? 4 : 2);
+        for (int64_t at = 0; at < row_bytes(); at += 64) __builtin_prefetch(row + at);
+    }
     // out[i] = <query, row ids[i]> in float32.
     void score(const float* query, const int32_t* ids, int64_t count, float* out) const;
     // out[0..width()) = row `id` in float32.

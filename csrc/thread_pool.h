@@ -1,5 +1,7 @@
-// A persistent pool: parallel_for hands out indices one by one; the calling thread works too.
+// Threads kept for many loops: parallel_for hands out indices one by one; the calling thread works too.
 #pragma once
+#include <dlfcn.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -11,10 +13,32 @@
 
 namespace rag {
 
+// The OpenMP team of torch, where torch is there. Its idle threads spin for a while and would take the cores from others.
+class TorchTeam {
+   public:
+    TorchTeam() {
+        void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+        if (!torch) return;
+        run_ = reinterpret_cast<Run>(dlsym(torch, "GOMP_parallel"));
+        size_ = reinterpret_cast<Size>(dlsym(torch, "omp_get_max_threads"));
+    }
+    // Threads that a loop of the calling thread gets; 0 without a team.
+    int size() const { return run_ && size_ ? size_() : 0; }
+    void run(void (*body)(void*), void* data, int threads) const { run_(body, data, threads, 0); }
+
+   private:
+    using Run = void (*)(void (*)(void*), void*, unsigned, unsigned);
+    using Size = int (*)();
+    Run run_ = nullptr;
+    Size size_ = nullptr;
+};
+
+// Threads of its own, or torch's team where it may borrow that and it has as many: then torch and this never compete for
+// cores.
 class ThreadPool {
    public:
-    explicit ThreadPool(int threads) {
-        for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    ThreadPool(int threads, bool may_borrow) : size_(threads), shared_(may_borrow && threads > 1 && team_.size() == threads) {
+        for (int i = 1; i < threads && !shared_; ++i) workers_.emplace_back([this] { work(); });
     }
     ~ThreadPool() {
         {
@@ -27,7 +51,7 @@ class ThreadPool {
     ThreadPool(const ThreadPool&) = delete;
     ThreadPool& operator=(const ThreadPool&) = delete;
 
-    int size() const { return static_cast<int>(workers_.size()) + 1; }
+    int size() const { return size_; }
 
     // Runs body(i) for every i in [0, count) in chunks of `chunk`; rethrows the first exception of any thread.
     void parallel_for(int64_t count, int64_t chunk, const std::function<void(int64_t)>& body) {
@@ -42,8 +66,10 @@ class ThreadPool {
             running_ = static_cast<int>(workers_.size());
             ++generation_;
         }
-        wake_.notify_all();
-        drain();
+        if (shared_)
+            team_.run([](void* pool) { static_cast<ThreadPool*>(pool)->drain(); }, this, size_);
+        else
+            wake_.notify_all(), drain();
         std::unique_lock<std::mutex> lock(mutex_);
         done_.wait(lock, [this] { return running_ == 0; });
         if (error_) std::rethrow_exception(error_);
@@ -74,6 +100,9 @@ class ThreadPool {
         }
     }
 
+    int size_;
+    TorchTeam team_;
+    bool shared_;
     std::vector<std::thread> workers_;
     std::mutex mutex_, job_mutex_;
     std::condition_variable wake_, done_;

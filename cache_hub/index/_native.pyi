@@ -57,6 +57,7 @@ def search(
     scores: int,
     keys_scored: int,
 ) -> None: ...
+def unite(ids: int, rows: int, width: int, first: int, positions: int) -> list[int]: ...
 def take_away(
     values: KeyStore,
     assignment: int,

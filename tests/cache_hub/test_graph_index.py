@@ -1,12 +1,16 @@
 """The graph's structure (degree, reachability, determinism) and its search against the flat oracle."""
 
+import multiprocessing
+import os
 from collections import deque
 from typing import Any
 
 import pytest
 import torch
+from beam_oracle import beam_search
 
-from cache_hub.index import AttentionAwareGraphIndex, FlatIndex, make_index
+from cache_hub.diagnosis import unite
+from cache_hub.index import AttentionAwareGraphIndex, FlatIndex, _native, make_index
 
 
 def build(n: int, group: int = 3, dim: int = 64, rows: int = 2, dtype: torch.dtype = torch.float32, **options: Any):
@@ -84,6 +88,57 @@ def test_search_with_a_beam_of_all_keys_is_exact(n: int, dim: int, dtype: torch.
     torch.testing.assert_close(found.scores, exact.scores, rtol=1e-4, atol=1e-4)
     assert torch.equal(found.ids.sort().values, exact.ids.sort().values)
     assert bool((found.keys_scored == n).all())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "group", "dim", "k", "ef"), [(1, 1, 64, 3, 1), (63, 9, 128, 5, 8), (500, 4, 65, 7, 20)])
+def test_search_is_the_plain_one(
+    n: int, group: int, dim: int, k: int, ef: int, dtype: torch.dtype, threads: int
+) -> None:
+    """Whole numbers: sums are exact in any order, and many scores are equal. Groups of several sizes share a thread."""
+    torch.manual_seed(n)
+    keys = torch.randint(-2, 3, (2, n, dim)).to(dtype)
+    index = make_index("attention_aware_graph", key_degree=6, key_links=3, q_knn=5, num_entries=4, num_threads=threads)
+    index.options = index.options.model_copy(update={"index_dtype": "auto", "ef_search": ef})
+    index.build(keys, torch.randint(-2, 3, (2, group, n, dim)).float(), torch.arange(n))
+    queries = torch.randint(-2, 3, (2, group, dim)).float()
+    found = index.search(queries, k)
+    for row in range(2):
+        for head in range(group):
+            graph = (keys[row], index.adjacency[row], index.entries[row])
+            ids, scores, scored = beam_search(*graph, queries[row, head], k, ef)
+            assert found.ids[row, head].tolist() == ids
+            assert found.scores[row, head].tolist() == scores
+            assert int(found.keys_scored[row, head]) == scored
+
+
+@pytest.mark.parametrize(("rows", "width", "highest"), [(1, 1, 5), (3, 63, 20), (2, 300, 100_000), (4, 127, 3)])
+def test_union_has_every_id_once_in_the_order_met(rows: int, width: int, highest: int) -> None:
+    torch.manual_seed(width)
+    ids = torch.randint(-1, highest, (rows, width), dtype=torch.int32)
+    ids[-1] = -1 if rows > 1 else ids[-1]
+    out = torch.empty_like(ids)
+    counts = _native.unite(ids.data_ptr(), rows, width, 7, out.data_ptr())
+    for row, count, positions, united in zip(ids.tolist(), counts, out.tolist(), unite(ids).tolist(), strict=True):
+        expected = [y + 7 for y in dict.fromkeys(row) if y >= 0]
+        assert positions == expected + [-1] * (width - count)
+        assert sorted(expected) == [y + 7 for y in united if y >= 0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_searches_though_torchs_threads_stay_behind() -> None:
+    index, _, queries = build(400, num_threads=torch.get_num_threads())
+    expected = index.search(queries[:, :, 0], 5).ids.tolist()
+
+    def child() -> None:
+        os._exit(0 if index.search(queries[:, :, 0], 5).ids.tolist() == expected else 1)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(timeout=30)
+    process.kill()
+    assert process.exitcode == 0
 
 
 def test_results_are_sorted_and_padded_when_k_exceeds_the_keys() -> None:

@@ -1,0 +1,50 @@
+// Best-first search in an attention-aware graph, one query at a time or several in turns.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "rows.h"
+
+namespace rag {
+
+struct Graph {
+    Rows keys;
+    const int32_t* adjacency;  // [n, degree], -1 pads at the end
+    int64_t degree;
+    const int32_t* entries;  // [num_entries], -1 pads at the end
+    int64_t num_entries;
+};
+
+// One query's search with a beam of the `width` best keys met. After `start`, `step` until it says false, then `finish`.
+// Between two steps the rows that the next one reads are on their way from memory: several searches of one thread that
+// step in turns wait less. Buffers are reused over queries: nothing is allocated or cleared per query.
+class BeamSearch {
+   public:
+    // graph and query must outlive the search.
+    void start(const Graph& graph, const float* query, int64_t width);
+    bool step();
+    // ids, scores [k], best first, -1 / -inf pads. Returns the number of inner products computed.
+    int64_t finish(int64_t k, int32_t* ids, float* scores) const;
+
+   private:
+    void gather(const int32_t* links, int64_t count);
+    const int32_t* prefetched_links(int64_t place) const;
+    void absorb();
+    void insert(uint64_t candidate);
+
+    const Graph* graph_ = nullptr;
+    const float* query_ = nullptr;
+    const int32_t* links_ = nullptr;  // of the key that is expanded next
+    int64_t width_ = 0, filled_ = 0, next_ = 0, fresh_count_ = 0, scored_ = 0;
+    std::vector<uint8_t> seen_;  // epoch_ where a key was met
+    uint8_t epoch_ = 0;
+    std::vector<uint64_t> beam_, good_;  // best first; those that may enter it
+    std::vector<int32_t> fresh_;
+    std::vector<float> scores_;
+};
+
+// Each id of ids [width] once, plus `first`, in the order met, then -1 pads: out [width]. Negative ids are pads. Returns
+// how many there are.
+int64_t unite(const int32_t* ids, int64_t width, int64_t first, int32_t* out);
+
+}  // namespace rag
