@@ -5,7 +5,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -20,8 +19,6 @@ namespace py = pybind11;
 using namespace rag;
 
 namespace {
-
-constexpr int64_t kTurns = 8;  // searches of one thread in turns, at most
 
 std::atomic<bool> forked{false};  // from a process that may have had threads
 
@@ -137,23 +134,14 @@ PYBIND11_MODULE(_native, m) {
                 graphs.push_back({keys.head(h), at<const int32_t>(adjacency) + h * keys.n * degree, degree,
                                   at<const int32_t>(entries) + h * num_entries, num_entries});
             // A task is some queries of one kv head, as many as leave every thread a few tasks.
-            const int64_t together = std::clamp<int64_t>(keys.heads * group / (2 * num_threads), 1, std::min<int64_t>(group, kTurns));
-            const int64_t tasks = (group + together - 1) / together;
+            const int64_t some = std::clamp<int64_t>(keys.heads * group / (2 * num_threads), 1, group);
+            const int64_t tasks = (group + some - 1) / some;
             threads(num_threads)->parallel_for(keys.heads * tasks, 1, [&](int64_t task) {
-                thread_local std::array<BeamSearch, kTurns> searches;
                 const Graph& graph = graphs[task / tasks];
-                const int64_t begin = task % tasks * together, count = std::min(together, group - begin);
-                const int64_t first = task / tasks * group + begin;
-                std::array<bool, kTurns> going{};
-                for (int64_t i = 0; i < count; ++i) {
-                    searches[i].start(graph, at<const float>(queries) + (first + i) * graph.keys.width(), std::max(ef, k));
-                    going[i] = true;
-                }
-                for (int64_t left = count; left;)
-                    for (int64_t i = 0; i < count; ++i)
-                        if (going[i] && !searches[i].step()) going[i] = false, --left;
-                for (int64_t i = 0; i < count; ++i)
-                    at<int64_t>(keys_scored)[first + i] = searches[i].finish(k, at<int32_t>(ids) + (first + i) * k, at<float>(scores) + (first + i) * k);
+                const int64_t begin = task % tasks * some, first = task / tasks * group + begin;
+                search_graph(graph, at<const float>(queries) + first * graph.keys.width(), std::min(some, group - begin),
+                             k, ef, at<int32_t>(ids) + first * k, at<float>(scores) + first * k,
+                             at<int64_t>(keys_scored) + first);
             });
         },
         "Searches one query per (kv head, query head of its group).");

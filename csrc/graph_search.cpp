@@ -1,6 +1,7 @@
 #include "graph_search.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
 
@@ -121,6 +122,29 @@ int64_t BeamSearch::finish(int64_t k, int32_t* ids, float* scores) const {
         scores[i] = i < filled_ ? score_of(beam_[i]) : -std::numeric_limits<float>::infinity();
     }
     return scored_;
+}
+
+void search_graph(const Graph& graph, const float* queries, int64_t count, int64_t k, int64_t ef, int32_t* ids,
+                  float* scores, int64_t* keys_scored) {
+    constexpr int64_t kTurns = 8;
+    thread_local std::array<BeamSearch, kTurns> searches;
+    for (int64_t first = 0; first < count; first += kTurns) {
+        const int64_t last = std::min(first + kTurns, count);
+        std::array<BeamSearch*, kTurns> going;
+        int64_t left = 0;
+        for (int64_t i = first; i < last; ++i) {
+            going[left] = &searches[i - first];
+            going[left++]->start(graph, queries + i * graph.keys.width(), std::max(ef, k));
+        }
+        while (left) {
+            int64_t on = 0;
+            for (int64_t i = 0; i < left; ++i)
+                if (going[i]->step()) going[on++] = going[i];
+            left = on;
+        }
+        for (int64_t i = first; i < last; ++i)
+            keys_scored[i] = searches[i - first].finish(k, ids + i * k, scores + i * k);
+    }
 }
 
 int64_t unite(const int32_t* ids, int64_t width, int64_t first, int32_t* out) {

@@ -43,6 +43,11 @@ class BeamSearch {
     std::vector<float> scores_;
 };
 
+// Searches queries [count, width()] of one graph, up to eight in turns, each with a beam of max(ef, k). ids, scores
+// [count, k] and keys_scored [count] as `finish` tells them.
+void search_graph(const Graph& graph, const float* queries, int64_t count, int64_t k, int64_t ef, int32_t* ids,
+                  float* scores, int64_t* keys_scored);
+
 // Each id of ids [width] once, plus `first`, in the order met, then -1 pads: out [width]. Negative ids are pads. Returns
 // how many there are.
 int64_t unite(const int32_t* ids, int64_t width, int64_t first, int32_t* out);
