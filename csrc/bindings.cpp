@@ -125,14 +125,14 @@ PYBIND11_MODULE(_native, m) {
 
     m.def(
         "search",
-        [](const KeyStore& keys, uintptr_t adjacency, int64_t degree, uintptr_t entries, int64_t num_entries,
+        [](const KeyStore& keys, uintptr_t adjacency, bool narrow, int64_t degree, uintptr_t entries, int64_t num_entries,
            uintptr_t queries, int64_t group, int64_t k, int64_t ef, int num_threads, uintptr_t ids, uintptr_t scores,
            uintptr_t keys_scored) {
             py::gil_scoped_release release;
             std::vector<Graph> graphs;
             for (int64_t h = 0; h < keys.heads; ++h)
-                graphs.push_back({keys.head(h), at<const int32_t>(adjacency) + h * keys.n * degree, degree,
-                                  at<const int32_t>(entries) + h * num_entries, num_entries});
+                graphs.push_back({keys.head(h), at<const char>(adjacency) + h * keys.n * degree * (narrow ? 2 : 4), narrow,
+                                  degree, at<const int32_t>(entries) + h * num_entries, num_entries});
             // A task is some queries of one kv head, as many as leave every thread a few tasks.
             const int64_t some = std::clamp<int64_t>(keys.heads * group / (2 * num_threads), 1, group);
             const int64_t tasks = (group + some - 1) / some;

@@ -31,6 +31,23 @@ float score_of(uint64_t e) {
 
 }  // namespace
 
+template <class Link>
+void BeamSearch::gather(const Link* links, int64_t count) {
+    constexpr Link kPad = static_cast<Link>(-1);
+    // Most branches here would be guessed wrong: what is met already is written and then overwritten.
+    int32_t* fresh = fresh_.data();
+    uint8_t* seen = seen_.data();
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count && links[i] != kPad; ++i) {
+        const auto id = static_cast<int32_t>(links[i]);
+        fresh[kept] = id;
+        kept += seen[id] != epoch_;
+        seen[id] = epoch_;
+    }
+    for (int64_t i = 0; i < kept; ++i) graph_->keys.prefetch(fresh[i]);
+    fresh_count_ = kept;
+}
+
 void BeamSearch::start(const Graph& graph, const float* query, int64_t width) {
     graph_ = &graph;
     query_ = query;
@@ -45,24 +62,12 @@ void BeamSearch::start(const Graph& graph, const float* query, int64_t width) {
     gather(graph.entries, graph.num_entries);
 }
 
-void BeamSearch::gather(const int32_t* links, int64_t count) {
-    // Most branches here would be guessed wrong: what is met already is written and then overwritten.
-    int32_t* fresh = fresh_.data();
-    uint8_t* seen = seen_.data();
-    int64_t kept = 0;
-    for (int64_t i = 0; i < count && links[i] >= 0; ++i) {
-        const int32_t id = links[i];
-        fresh[kept] = id;
-        kept += seen[id] != epoch_;
-        seen[id] = epoch_;
-    }
-    for (int64_t i = 0; i < kept; ++i) graph_->keys.prefetch(fresh[i]);
-    fresh_count_ = kept;
-}
-
 bool BeamSearch::step() {
     if (links_) {
-        gather(links_, graph_->degree);
+        if (graph_->narrow)
+            gather(reinterpret_cast<const uint16_t*>(links_), graph_->degree);
+        else
+            gather(reinterpret_cast<const int32_t*>(links_), graph_->degree);
         links_ = nullptr;
         return true;
     }
@@ -80,9 +85,10 @@ bool BeamSearch::step() {
     return true;
 }
 
-const int32_t* BeamSearch::prefetched_links(int64_t place) const {
-    const int32_t* links = graph_->adjacency + id_of(beam_[place]) * graph_->degree;
-    for (int64_t i = 0; i < graph_->degree; i += 16) __builtin_prefetch(links + i);
+const char* BeamSearch::prefetched_links(int64_t place) const {
+    const int64_t bytes = graph_->degree * (graph_->narrow ? 2 : 4);
+    const char* links = static_cast<const char*>(graph_->adjacency) + id_of(beam_[place]) * bytes;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(links + i);
     return links;
 }
 

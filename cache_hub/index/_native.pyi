@@ -45,6 +45,7 @@ def scan(keys: KeyStore, queries: int, group: int, k: int, num_threads: int, ids
 def search(
     keys: KeyStore,
     adjacency: int,
+    narrow: bool,
     degree: int,
     entries: int,
     num_entries: int,

@@ -15,6 +15,9 @@ from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_se
 from .key_store import as_key_store
 from .knn import causal_knn, key_knn
 
+# What a 16-bit link cannot name, its pad.
+_NARROW = 65535
+
 
 class AttentionAwareGraphIndex(TokenIndex):
     """One graph per kv head, built from the exact causal neighbour lists of all its query heads.
@@ -23,8 +26,9 @@ class AttentionAwareGraphIndex(TokenIndex):
     nearest keys by mean-centred cosine. The graph holds ids; search reads the KV store, or one compact copy where
     index_dtype differs from the store's dtype. Options are those of config.GraphConfig.
 
-    After build: adjacency [R, N, key_degree] int32 (-1 pads), entries [R, num_entries] int32, repaired_keys (how many
-    had to be linked to become reachable) and build_seconds by stage.
+    After build: links [R, N, key_degree], entries [R, num_entries] int32 (-1 pads), repaired_keys (how many had to be
+    linked to become reachable) and build_seconds by stage. Links take 2 bytes each up to 65,535 keys, else 4; see
+    `adjacency`.
     """
 
     def __init__(self, num_threads: int | None = None, **options: Any) -> None:
@@ -55,16 +59,18 @@ class AttentionAwareGraphIndex(TokenIndex):
         self._store = as_key_store(self.keys, extra)
         self.entries = torch.empty(rows, o.num_entries, dtype=torch.int32)
         if queries.is_cuda:
-            self._build_on_gpu(keys_there if extra is None else lift(keys_there, extra), by_query, by_key)
+            links = self._build_on_gpu(keys_there if extra is None else lift(keys_there, extra), by_query, by_key)
         else:
-            self._build_on_cpu(keys, by_query, by_key)
+            links = self._build_on_cpu(keys, by_query, by_key)
+        # -1 becomes 65,535.
+        self.links = links.to(torch.uint16) if keys.shape[1] <= _NARROW else links
         clock.stage("projection")
 
-    def _build_on_cpu(self, keys: Tensor, by_query: Tensor, by_key: Tensor) -> None:
+    def _build_on_cpu(self, keys: Tensor, by_query: Tensor, by_key: Tensor) -> Tensor:
         o = self.options
         rows, n, _ = keys.shape
         group, m = by_query.shape[1:3]
-        self.adjacency = torch.empty(rows, n, o.key_degree, dtype=torch.int32)
+        links = torch.empty(rows, n, o.key_degree, dtype=torch.int32)
         self.repaired_keys = _native.build(
             as_key_store(keys, self.extra),
             by_query.data_ptr(),
@@ -77,17 +83,18 @@ class AttentionAwareGraphIndex(TokenIndex):
             o.key_degree - o.key_links,
             o.num_entries,
             self.num_threads,
-            self.adjacency.data_ptr(),
+            links.data_ptr(),
             self.entries.data_ptr(),
         )
+        return links
 
-    def _build_on_gpu(self, keys: Tensor, by_query: Tensor, by_key: Tensor) -> None:
+    def _build_on_gpu(self, keys: Tensor, by_query: Tensor, by_key: Tensor) -> Tensor:
         from .projection import project  # Triton only where it is used
 
         o = self.options
         rows, n, _ = keys.shape
         group, m = by_query.shape[1:3]
-        self.adjacency = project(keys, by_query, by_key, o.key_degree, o.key_degree - o.key_links).cpu()
+        links = project(keys, by_query, by_key, o.key_degree, o.key_degree - o.key_links).cpu()
         pivots = by_query[..., 0].cpu().contiguous()
         self.repaired_keys = _native.repair(
             pivots.data_ptr(),
@@ -98,9 +105,10 @@ class AttentionAwareGraphIndex(TokenIndex):
             o.key_degree,
             o.num_entries,
             self.num_threads,
-            self.adjacency.data_ptr(),
+            links.data_ptr(),
             self.entries.data_ptr(),
         )
+        return links
 
     def search(self, queries: Tensor, k: int) -> SearchResult:
         """Best-first search from the entries with a beam of max(ef_search, k); see TokenIndex.search."""
@@ -113,7 +121,8 @@ class AttentionAwareGraphIndex(TokenIndex):
         keys_scored = torch.empty(rows, group, dtype=torch.int64)
         _native.search(
             self._store,
-            self.adjacency.data_ptr(),
+            self.links.data_ptr(),
+            self.links.dtype == torch.uint16,
             self.options.key_degree,
             self.entries.data_ptr(),
             self.options.num_entries,
@@ -129,8 +138,14 @@ class AttentionAwareGraphIndex(TokenIndex):
         return SearchResult(ids, scores, keys_scored)
 
     @property
+    def adjacency(self) -> Tensor:
+        """The links as int32 with -1 pads, [R, N, key_degree]; a copy where they are narrower."""
+        wide = self.links.int()
+        return wide if self.links.dtype == torch.int32 else wide.masked_fill_(wide == _NARROW, -1)
+
+    @property
     def nbytes(self) -> int:
-        held = [self.adjacency, self.entries] + ([self.keys] if self._copied else [])
+        held = [self.links, self.entries] + ([self.keys] if self._copied else [])
         return sum(t.numel() * t.element_size() for t in held)
 
 

@@ -11,6 +11,7 @@ from beam_oracle import beam_search
 
 from cache_hub.diagnosis import unite
 from cache_hub.index import AttentionAwareGraphIndex, FlatIndex, _native, make_index
+from cache_hub.index.key_store import as_key_store
 
 
 def build(n: int, group: int = 3, dim: int = 64, rows: int = 2, dtype: torch.dtype = torch.float32, **options: Any):
@@ -113,6 +114,24 @@ def test_search_is_the_plain_one(
             assert int(found.keys_scored[row, head]) == scored
 
 
+@pytest.mark.parametrize(("n", "bits"), [(65_535, torch.uint16), (65_536, torch.int32), (70_000, torch.int32)])
+def test_ids_of_every_width_are_searched(n: int, bits: torch.dtype) -> None:
+    """Random links, some rows short: their making would take too long."""
+    torch.manual_seed(0)
+    keys, queries = torch.randint(-2, 3, (1, n, 8)).float(), torch.randint(-2, 3, (1, 3, 8)).float()
+    index, _, _ = build(9, group=3, dim=8, rows=1, key_degree=6, key_links=3, num_entries=4, ef_search=30)
+    links = torch.randint(0, n, (1, n, 6), dtype=torch.int32)
+    links[:, ::3, 4:] = -1
+    links[:, :: n // 50, 0] = n - 1
+    index.keys, index.links, index._store = keys, links.to(bits), as_key_store(keys)
+    assert torch.equal(index.adjacency, links)
+    found = index.search(queries, 10)
+    for head in range(3):
+        ids, scores, scored = beam_search(keys[0], links[0], index.entries[0], queries[0, head], 10, 30)
+        assert (found.ids[0, head].tolist(), found.scores[0, head].tolist()) == (ids, scores)
+        assert int(found.keys_scored[0, head]) == scored
+
+
 @pytest.mark.parametrize(("rows", "width", "highest"), [(1, 1, 5), (3, 63, 20), (2, 300, 100_000), (4, 127, 3)])
 def test_union_has_every_id_once_in_the_order_met(rows: int, width: int, highest: int) -> None:
     torch.manual_seed(width)
@@ -172,7 +191,7 @@ def test_recall_grows_with_the_beam() -> None:
 @pytest.mark.parametrize(("index_dtype", "copies"), [("auto", 0), ("float32", 0), ("bfloat16", 1), ("float16", 1)])
 def test_nbytes_counts_links_entries_and_a_copy_of_the_keys(index_dtype: str, copies: int) -> None:
     index, keys, _ = build(100, key_degree=8, key_links=4, num_entries=16, index_dtype=index_dtype)
-    assert index.nbytes == 2 * 100 * 8 * 4 + 2 * 16 * 4 + copies * keys.numel() * 2
+    assert index.nbytes == 2 * 100 * 8 * 2 + 2 * 16 * 4 + copies * keys.numel() * 2
 
 
 def test_search_reads_a_store_with_gaps_between_rows_in_place() -> None:
