@@ -1,0 +1,55 @@
+"""The search timer: what it counts, and what it refuses before any work."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from index_cases import write_trace
+
+from benchmark.index.search_time import main
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_row_for_every_index_and_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_trace(tmp_path / "a", n=300, dim=16, group=3)
+    words = ["--traces", str(folder), "--strategies", "flat,attention_aware_graph,hnsw", "--top_k", "20"]
+    assert main([*words, "--rounds", "2", "--dtype", "fp32", "--output", str(tmp_path / "o.json")]) == 0
+    written = json.loads((tmp_path / "o.json").read_text())
+    assert [(row["layer"], row["strategy"]) for row in written["rows"]] == [
+        (layer, name) for layer in (0, 2) for name in ("flat", "attention_aware_graph", "hnsw")
+    ]
+    for row in written["rows"]:
+        assert row["ns_per_key"] * row["keys_scored"] == pytest.approx(row["us_per_query"] * 1e3)
+        assert 0 < row["recall"] <= 1
+        if row["strategy"] == "flat":
+            assert (row["keys_scored"], row["recall"]) == (300 - 68, 1)
+    assert written["config"]["threads"] == 1
+    assert "| a | 0 | flat | 232 | 1.000 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--strategies", "flat,annoy"], "strategies: got annoy, allowed: attention_aware_graph, flat, ivf, hnsw"),
+        (["--rounds", "0"], "rounds: got 0, allowed: >= 1"),
+        (["--layers", "1-0"], "layers: got '1-0', allowed: numbers and ranges"),
+    ],
+)
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    folder = write_trace(tmp_path / "a", n=100, dim=16, group=1)
+    assert main(["--traces", str(folder), *words, "--output", str(tmp_path / "o.json")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_a_trace_without_tokens_to_index_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_trace(tmp_path / "a", n=68, dim=16, group=1)
+    assert main(["--traces", str(folder), "--output", str(tmp_path / "o.json")]) == 2
+    assert "has 68 tokens, allowed: more than 68" in capsys.readouterr().err
