@@ -34,8 +34,8 @@ class GraphConfig(Section):
     key_degree: int = Field(
         default=32,
         ge=2,
-        description="most links that leave a key, query links and key links together. 32 ids are 128 bytes, a quarter "
-        "of a key's bfloat16 KV at head dimension 128",
+        description="places for the links that leave a key, query links and key links together. 32 are 64 bytes, an "
+        "eighth of a key's bfloat16 KV at head dimension 128; above 65,535 keys some places tell the ids' upper halves",
     )
     key_links: int = Field(
         default=16,

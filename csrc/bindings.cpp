@@ -125,14 +125,15 @@ PYBIND11_MODULE(_native, m) {
 
     m.def(
         "search",
-        [](const KeyStore& keys, uintptr_t adjacency, bool narrow, int64_t degree, uintptr_t entries, int64_t num_entries,
+        [](const KeyStore& keys, uintptr_t links, int64_t slots, int64_t segments, uintptr_t entries, int64_t num_entries,
            uintptr_t queries, int64_t group, int64_t k, int64_t ef, int num_threads, uintptr_t ids, uintptr_t scores,
            uintptr_t keys_scored) {
             py::gil_scoped_release release;
             std::vector<Graph> graphs;
+            const Links all{at<const void>(links), slots, segments};
             for (int64_t h = 0; h < keys.heads; ++h)
-                graphs.push_back({keys.head(h), at<const char>(adjacency) + h * keys.n * degree * (narrow ? 2 : 4), narrow,
-                                  degree, at<const int32_t>(entries) + h * num_entries, num_entries});
+                graphs.push_back({keys.head(h), {all.row(h * keys.n), slots, segments},
+                                  at<const int32_t>(entries) + h * num_entries, num_entries});
             // A task is some queries of one kv head, as many as leave every thread a few tasks.
             const int64_t some = std::clamp<int64_t>(keys.heads * group / (2 * num_threads), 1, group);
             const int64_t tasks = (group + some - 1) / some;
@@ -145,6 +146,22 @@ PYBIND11_MODULE(_native, m) {
             });
         },
         "Searches one query per (kv head, query head of its group).");
+
+    m.def(
+        "pack_links",
+        [](uintptr_t ids, int64_t rows, int64_t width, int64_t segments, int64_t slots, uintptr_t out) {
+            py::gil_scoped_release release;
+            pack_links(at<const int32_t>(ids), rows, width, segments, slots, at<uint16_t>(out));
+        },
+        "Links in 16 bits each; see links.h.");
+
+    m.def(
+        "unpack_links",
+        [](uintptr_t links, int64_t rows, int64_t slots, int64_t segments, uintptr_t out) {
+            py::gil_scoped_release release;
+            unpack_links({at<const void>(links), slots, segments}, rows, at<int32_t>(out));
+        },
+        "Links of any layout as int32 [rows, slots] with -1 pads.");
 
     m.def(
         "unite",

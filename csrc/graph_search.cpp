@@ -31,44 +31,43 @@ float score_of(uint64_t e) {
 
 }  // namespace
 
-template <class Link>
-void BeamSearch::gather(const Link* links, int64_t count) {
-    constexpr Link kPad = static_cast<Link>(-1);
-    // Most branches here would be guessed wrong: what is met already is written and then overwritten.
-    int32_t* fresh = fresh_.data();
-    uint8_t* seen = seen_.data();
-    int64_t kept = 0;
-    for (int64_t i = 0; i < count && links[i] != kPad; ++i) {
-        const auto id = static_cast<int32_t>(links[i]);
-        fresh[kept] = id;
-        kept += seen[id] != epoch_;
-        seen[id] = epoch_;
-    }
-    for (int64_t i = 0; i < kept; ++i) graph_->keys.prefetch(fresh[i]);
-    fresh_count_ = kept;
-}
-
 void BeamSearch::start(const Graph& graph, const float* query, int64_t width) {
     graph_ = &graph;
     query_ = query;
-    const int64_t n = graph.keys.n, batch = std::max(graph.degree, graph.num_entries);
+    const int64_t n = graph.keys.n, batch = std::max(graph.links.slots, graph.num_entries);
     width_ = std::min(width, n);
     if (static_cast<int64_t>(seen_.size()) < n) seen_.assign(n, 0), epoch_ = 0;
     if (++epoch_ == 0) std::fill(seen_.begin(), seen_.end(), 0), epoch_ = 1;
     if (static_cast<int64_t>(beam_.size()) < width_ + 1) beam_.resize(width_ + 1);
     if (static_cast<int64_t>(scores_.size()) < batch) fresh_.resize(batch + 1), scores_.resize(batch), good_.resize(batch + 1);
     filled_ = next_ = fresh_count_ = scored_ = 0;
-    links_ = nullptr;
-    gather(graph.entries, graph.num_entries);
+    expanding_ = -1;
+    gather([&graph](auto&& meet) {
+        for (int64_t i = 0; i < graph.num_entries && graph.entries[i] >= 0; ++i) meet(graph.entries[i]);
+    });
+}
+
+// Lists the keys that `each` names and that were not met before.
+template <class Each>
+void BeamSearch::gather(Each&& each) {
+    int32_t* fresh = fresh_.data();
+    uint8_t* seen = seen_.data();
+    const uint8_t epoch = epoch_;
+    int64_t count = 0;
+    // A branch here would often be guessed wrong: a key met before is written, and then overwritten.
+    each([&](int32_t id) {
+        fresh[count] = id;
+        count += seen[id] != epoch;
+        seen[id] = epoch;
+    });
+    for (int64_t i = 0; i < count; ++i) graph_->keys.prefetch(fresh[i]);
+    fresh_count_ = count;
 }
 
 bool BeamSearch::step() {
-    if (links_) {
-        if (graph_->narrow)
-            gather(reinterpret_cast<const uint16_t*>(links_), graph_->degree);
-        else
-            gather(reinterpret_cast<const int32_t*>(links_), graph_->degree);
-        links_ = nullptr;
+    if (expanding_ >= 0) {
+        gather([this](auto&& meet) { graph_->links.each(expanding_, meet); });
+        expanding_ = -1;
         return true;
     }
     absorb();
@@ -76,20 +75,14 @@ bool BeamSearch::step() {
         if (waits(beam_[next_])) break;
     if (next_ == filled_) return false;
     beam_[next_] &= ~uint64_t{1};
-    links_ = prefetched_links(next_);
+    expanding_ = id_of(beam_[next_]);
+    graph_->links.prefetch(expanding_);
     for (int64_t later = next_ + 1; later < filled_; ++later)
         if (waits(beam_[later])) {
-            prefetched_links(later);
+            graph_->links.prefetch(id_of(beam_[later]));
             break;
         }
     return true;
-}
-
-const char* BeamSearch::prefetched_links(int64_t place) const {
-    const int64_t bytes = graph_->degree * (graph_->narrow ? 2 : 4);
-    const char* links = static_cast<const char*>(graph_->adjacency) + id_of(beam_[place]) * bytes;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(links + i);
-    return links;
 }
 
 void BeamSearch::absorb() {

@@ -3,15 +3,14 @@
 #include <cstdint>
 #include <vector>
 
+#include "links.h"
 #include "rows.h"
 
 namespace rag {
 
 struct Graph {
     Rows keys;
-    const void* adjacency;  // [n, degree] int32 or uint16, all bits set in pads, which come last
-    bool narrow;            // uint16
-    int64_t degree;
+    Links links;
     const int32_t* entries;  // [num_entries], -1 pads at the end
     int64_t num_entries;
 };
@@ -28,15 +27,14 @@ class BeamSearch {
     int64_t finish(int64_t k, int32_t* ids, float* scores) const;
 
    private:
-    template <class Link>
-    void gather(const Link* links, int64_t count);
-    const char* prefetched_links(int64_t place) const;
+    template <class Each>
+    void gather(Each&& each);
     void absorb();
     void insert(uint64_t candidate);
 
     const Graph* graph_ = nullptr;
     const float* query_ = nullptr;
-    const char* links_ = nullptr;  // of the key that is expanded next
+    int32_t expanding_ = -1;  // the key whose links come next
     int64_t width_ = 0, filled_ = 0, next_ = 0, fresh_count_ = 0, scored_ = 0;
     std::vector<uint8_t> seen_;  // epoch_ where a key was met
     uint8_t epoch_ = 0;

@@ -44,9 +44,9 @@ def extend(
 def scan(keys: KeyStore, queries: int, group: int, k: int, num_threads: int, ids: int, scores: int) -> None: ...
 def search(
     keys: KeyStore,
-    adjacency: int,
-    narrow: bool,
-    degree: int,
+    links: int,
+    slots: int,
+    segments: int,
     entries: int,
     num_entries: int,
     queries: int,
@@ -58,6 +58,8 @@ def search(
     scores: int,
     keys_scored: int,
 ) -> None: ...
+def pack_links(ids: int, rows: int, width: int, segments: int, slots: int, out: int) -> None: ...
+def unpack_links(links: int, rows: int, slots: int, segments: int, out: int) -> None: ...
 def unite(ids: int, rows: int, width: int, first: int, positions: int) -> list[int]: ...
 def take_away(
     values: KeyStore,

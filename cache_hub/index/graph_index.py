@@ -14,9 +14,7 @@ from . import _native
 from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_search, lift
 from .key_store import as_key_store
 from .knn import causal_knn, key_knn
-
-# What a 16-bit link cannot name, its pad.
-_NARROW = 65535
+from .links import PackedLinks
 
 
 class AttentionAwareGraphIndex(TokenIndex):
@@ -26,9 +24,8 @@ class AttentionAwareGraphIndex(TokenIndex):
     nearest keys by mean-centred cosine. The graph holds ids; search reads the KV store, or one compact copy where
     index_dtype differs from the store's dtype. Options are those of config.GraphConfig.
 
-    After build: links [R, N, key_degree], entries [R, num_entries] int32 (-1 pads), repaired_keys (how many had to be
-    linked to become reachable) and build_seconds by stage. Links take 2 bytes each up to 65,535 keys, else 4; see
-    `adjacency`.
+    After build: links (PackedLinks: 2 bytes for each of key_degree places), entries [R, num_entries] int32 (-1 pads),
+    repaired_keys (how many had to be linked to become reachable) and build_seconds by stage.
     """
 
     def __init__(self, num_threads: int | None = None, **options: Any) -> None:
@@ -57,20 +54,21 @@ class AttentionAwareGraphIndex(TokenIndex):
         self._copied = self.keys is not keys
         self.extra = extra
         self._store = as_key_store(self.keys, extra)
+        self._degree = PackedLinks.capacity(keys.shape[1], o.key_degree)
+        self._query_links = min(o.key_degree - o.key_links, self._degree)
         self.entries = torch.empty(rows, o.num_entries, dtype=torch.int32)
         if queries.is_cuda:
             links = self._build_on_gpu(keys_there if extra is None else lift(keys_there, extra), by_query, by_key)
         else:
             links = self._build_on_cpu(keys, by_query, by_key)
-        # -1 becomes 65,535.
-        self.links = links.to(torch.uint16) if keys.shape[1] <= _NARROW else links
+        self.links = PackedLinks.pack(links, o.key_degree)
         clock.stage("projection")
 
     def _build_on_cpu(self, keys: Tensor, by_query: Tensor, by_key: Tensor) -> Tensor:
         o = self.options
         rows, n, _ = keys.shape
         group, m = by_query.shape[1:3]
-        links = torch.empty(rows, n, o.key_degree, dtype=torch.int32)
+        links = torch.empty(rows, n, self._degree, dtype=torch.int32)
         self.repaired_keys = _native.build(
             as_key_store(keys, self.extra),
             by_query.data_ptr(),
@@ -79,8 +77,8 @@ class AttentionAwareGraphIndex(TokenIndex):
             o.q_knn,
             by_key.data_ptr(),
             by_key.shape[2],
-            o.key_degree,
-            o.key_degree - o.key_links,
+            self._degree,
+            self._query_links,
             o.num_entries,
             self.num_threads,
             links.data_ptr(),
@@ -94,7 +92,7 @@ class AttentionAwareGraphIndex(TokenIndex):
         o = self.options
         rows, n, _ = keys.shape
         group, m = by_query.shape[1:3]
-        links = project(keys, by_query, by_key, o.key_degree, o.key_degree - o.key_links).cpu()
+        links = project(keys, by_query, by_key, self._degree, self._query_links).cpu()
         pivots = by_query[..., 0].cpu().contiguous()
         self.repaired_keys = _native.repair(
             pivots.data_ptr(),
@@ -102,7 +100,7 @@ class AttentionAwareGraphIndex(TokenIndex):
             group,
             m,
             n,
-            o.key_degree,
+            self._degree,
             o.num_entries,
             self.num_threads,
             links.data_ptr(),
@@ -121,9 +119,9 @@ class AttentionAwareGraphIndex(TokenIndex):
         keys_scored = torch.empty(rows, group, dtype=torch.int64)
         _native.search(
             self._store,
-            self.links.data_ptr(),
-            self.links.dtype == torch.uint16,
-            self.options.key_degree,
+            self.links.data.data_ptr(),
+            self.links.slots,
+            self.links.segments,
             self.entries.data_ptr(),
             self.options.num_entries,
             asked.data_ptr(),
@@ -139,13 +137,12 @@ class AttentionAwareGraphIndex(TokenIndex):
 
     @property
     def adjacency(self) -> Tensor:
-        """The links as int32 with -1 pads, [R, N, key_degree]; a copy where they are narrower."""
-        wide = self.links.int()
-        return wide if self.links.dtype == torch.int32 else wide.masked_fill_(wide == _NARROW, -1)
+        """The links as int32 with -1 pads at the end, [R, N, key_degree]; a copy."""
+        return self.links.unpack()
 
     @property
     def nbytes(self) -> int:
-        held = [self.links, self.entries] + ([self.keys] if self._copied else [])
+        held = [self.links.data, self.entries] + ([self.keys] if self._copied else [])
         return sum(t.numel() * t.element_size() for t in held)
 
 

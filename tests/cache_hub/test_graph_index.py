@@ -12,6 +12,7 @@ from beam_oracle import beam_search
 from cache_hub.diagnosis import unite
 from cache_hub.index import AttentionAwareGraphIndex, FlatIndex, _native, make_index
 from cache_hub.index.key_store import as_key_store
+from cache_hub.index.links import PackedLinks
 
 
 def build(n: int, group: int = 3, dim: int = 64, rows: int = 2, dtype: torch.dtype = torch.float32, **options: Any):
@@ -114,22 +115,56 @@ def test_search_is_the_plain_one(
             assert int(found.keys_scored[row, head]) == scored
 
 
-@pytest.mark.parametrize(("n", "bits"), [(65_535, torch.uint16), (65_536, torch.int32), (70_000, torch.int32)])
-def test_ids_of_every_width_are_searched(n: int, bits: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("n", "degree", "segments"), [(65_535, 6, 1), (65_536, 6, 2), (70_000, 6, 2), (140_000, 8, 3), (70_000, 3, 0)]
+)
+def test_ids_of_every_layout_are_searched(n: int, degree: int, segments: int) -> None:
     """Random links, some rows short: their making would take too long."""
     torch.manual_seed(0)
     keys, queries = torch.randint(-2, 3, (1, n, 8)).float(), torch.randint(-2, 3, (1, 3, 8)).float()
-    index, _, _ = build(9, group=3, dim=8, rows=1, key_degree=6, key_links=3, num_entries=4, ef_search=30)
-    links = torch.randint(0, n, (1, n, 6), dtype=torch.int32)
-    links[:, ::3, 4:] = -1
-    links[:, :: n // 50, 0] = n - 1
-    index.keys, index.links, index._store = keys, links.to(bits), as_key_store(keys)
-    assert torch.equal(index.adjacency, links)
+    index, _, _ = build(9, group=3, dim=8, rows=1, key_degree=degree, key_links=3, num_entries=4, ef_search=30)
+    links = random_links(1, n, PackedLinks.capacity(n, degree))
+    index.keys, index.links, index._store = keys, PackedLinks.pack(links, degree), as_key_store(keys)
+    assert index.links.segments == segments
     found = index.search(queries, 10)
     for head in range(3):
         ids, scores, scored = beam_search(keys[0], links[0], index.entries[0], queries[0, head], 10, 30)
         assert (found.ids[0, head].tolist(), found.scores[0, head].tolist()) == (ids, scores)
         assert int(found.keys_scored[0, head]) == scored
+
+
+def random_links(rows: int, n: int, degree: int) -> torch.Tensor:
+    """Among n keys, the last one often, every third key with few, every seventh with none."""
+    links = torch.randint(0, n, (rows, n, degree), dtype=torch.int32)
+    links[:, :: max(n // 50, 1), 0] = n - 1
+    links[:, ::3, degree // 2 :] = -1
+    links[:, ::7] = -1
+    return links
+
+
+@pytest.mark.parametrize(("n", "slots"), [(1, 4), (63, 1), (65_535, 5), (65_536, 4), (131_073, 12), (300_000, 12)])
+def test_packed_links_come_back(n: int, slots: int) -> None:
+    torch.manual_seed(n)
+    links = random_links(2, n, PackedLinks.capacity(n, slots))
+    packed = PackedLinks.pack(links, slots)
+    assert packed.data.shape == (2, n, slots)
+    assert packed.data.nbytes == 2 * 2 * n * slots
+    back = packed.unpack()
+    assert torch.equal((back >= 0).sum(2), (links >= 0).sum(2))
+    assert torch.equal(back.sort(2).values[..., -links.shape[2] :], links.sort(2).values)
+
+
+def test_a_graph_of_more_keys_than_16_bits_name() -> None:
+    torch.manual_seed(0)
+    n, options = 66_000, {"key_degree": 8, "key_links": 0, "q_knn": 8, "num_entries": 8}
+    keys, queries = torch.randn(1, n, 8), torch.randn(1, 2, 300, 8)
+    index = make_index("attention_aware_graph", index_dtype="auto", **options)
+    index.build(keys, queries, None)
+    links = index.adjacency
+    assert index.nbytes == n * 8 * 2 + 8 * 4
+    assert int((links >= 0).sum(2).max()) == PackedLinks.capacity(n, 8) == 7
+    assert int(links.max()) >= 65_536
+    assert reachable(index, 0) == set(range(n))
 
 
 @pytest.mark.parametrize(("rows", "width", "highest"), [(1, 1, 5), (3, 63, 20), (2, 300, 100_000), (4, 127, 3)])

@@ -1,0 +1,61 @@
+"""The links of a graph in 16 bits each, however many keys there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import _native
+
+_SEGMENT = 1 << 16
+
+
+@dataclass(frozen=True)
+class PackedLinks:
+    """Links of the keys of R rows in `slots` places each, data [R, N, slots], as csrc/links.h lays them out.
+
+    segments 0: int32, where the other layouts do not fit. 1: uint16, up to 65,535 keys. From 2 on: uint16, of which
+    ceil(segments / 2) places count how many links lead into each 65,536 keys; the others are links.
+    """
+
+    data: Tensor
+    segments: int
+
+    @property
+    def slots(self) -> int:
+        return self.data.shape[2]
+
+    @staticmethod
+    def capacity(keys: int, slots: int) -> int:
+        """Links that a key can have among `keys` of them."""
+        segments = _segments(keys, slots)
+        return slots - (segments + 1) // 2 if segments > 1 else slots
+
+    @classmethod
+    def pack(cls, links: Tensor, slots: int) -> PackedLinks:
+        """From links [R, N, capacity] int32 on the CPU, contiguous, -1 pads at the end; kept as they are where nothing
+        is to be gained."""
+        rows, keys, width = links.shape
+        segments = _segments(keys, slots)
+        if segments == 0:
+            return cls(links, 0)
+        data = torch.empty(rows, keys, slots, dtype=torch.uint16)
+        _native.pack_links(links.data_ptr(), rows * keys, width, segments, slots, data.data_ptr())
+        return cls(data, segments)
+
+    def unpack(self) -> Tensor:
+        """[R, N, slots] int32 with -1 pads at the end; from 2 segments on in the order of the segments."""
+        out = torch.empty(self.data.shape, dtype=torch.int32)
+        rows, keys, slots = out.shape
+        _native.unpack_links(self.data.data_ptr(), rows * keys, slots, self.segments, out.data_ptr())
+        return out
+
+
+def _segments(keys: int, slots: int) -> int:
+    """Of the layout for so many keys: 0 where the counts would take more than a quarter of the places, or not fit."""
+    if keys < _SEGMENT:
+        return 1
+    segments = max(-(-keys // _SEGMENT), 2)  # 65,535 is a key of the first
+    return segments if 4 * ((segments + 1) // 2) <= slots <= 255 else 0
