@@ -7,8 +7,8 @@ from triton.compiler import ASTSource
 
 from attn_hub.kernels.copy_rows import copy_rows_kernel
 from attn_hub.kernels.weighted_decode import attend_rows_kernel, merge_splits_kernel
-from cache_hub.index.projection import prune_fill_kernel
-from cache_hub.index.streaming_topk import chunk_maxima_kernel, chunk_scores_kernel
+from cache_hub.index.projection import pair_scores_kernel, prune_fill_kernel
+from cache_hub.index.streaming_topk import chunk_maxima_kernel, chunk_scores_kernel, largest_kernel
 
 # Shared memory of one program: sm_86 and sm_89 have 99 KiB, the least of all GPUs since Ampere.
 SHARED_MEMORY_LIMIT = 99 * 1024
@@ -52,6 +52,13 @@ if __name__ == "__main__":
             tiles = {"BLOCK_D": dim, "CHUNK": 32}
             compute = {"*bf16": tl.bfloat16, "*fp32": tl.float32}[dtype]
             maxima = {"BLOCK_M": tile, "BLOCK_N": tile, "COMPUTE": compute, **tiles}
-            compile_kernel(chunk_maxima_kernel, capability, types | {"maxima": "*fp32"}, maxima)
             runs = types | {"chunks": "*i32", "scores": "*fp32"}
-            compile_kernel(chunk_scores_kernel, capability, runs, {"BLOCK_C": 128, **tiles})
+            for beside in ("*fp32", None):
+                more = dict.fromkeys(("beside_queries", "beside_keys"), beside)
+                given, absent = ({}, more) if beside is None else (more, {})
+                compile_kernel(chunk_maxima_kernel, capability, types | {"maxima": "*fp32"} | given, maxima | absent)
+                compile_kernel(chunk_scores_kernel, capability, runs | given, {"BLOCK_C": 128, **tiles, **absent})
+        for block in (1, 1024):
+            compile_kernel(largest_kernel, capability, {"scores": "*fp32", "out": "*i32"}, {"BLOCK": block})
+        pairs = {"keys": "*bf16", "node": "*i64", "candidate": "*i64", "scores": "*fp32"}
+        compile_kernel(pair_scores_kernel, capability, pairs, {"BLOCK_P": 32, "BLOCK_D": 128})
