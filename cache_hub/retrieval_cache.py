@@ -301,6 +301,6 @@ class TokenIndexCache(KV_Cache):
 
 def _write_union(found: Tensor, first: int, out: Tensor) -> list[int]:
     """Writes the different ids of every row of found [R, g, k] int32, plus `first`, into out, contiguous, of R rows of
-    g * k, both on the CPU, with -1 pads at the end; how many each row has."""
-    ids = found.contiguous()
+    g * k, on the CPU, with -1 pads at the end; how many each row has."""
+    ids = found.cpu().contiguous()
     return _native.unite(ids.data_ptr(), len(ids), ids[0].numel(), first, out.data_ptr())

@@ -54,21 +54,21 @@ class AttentionAwareGraphIndex(TokenIndex):
         self._copied = self.keys is not keys
         self.extra = extra
         self._store = as_key_store(self.keys, extra)
-        self._degree = PackedLinks.capacity(keys.shape[1], o.key_degree)
-        self._query_links = min(o.key_degree - o.key_links, self._degree)
         self.entries = torch.empty(rows, o.num_entries, dtype=torch.int32)
+        degree = PackedLinks.capacity(keys.shape[1], o.key_degree)
         if queries.is_cuda:
-            links = self._build_on_gpu(keys_there if extra is None else lift(keys_there, extra), by_query, by_key)
+            wide = keys_there if extra is None else lift(keys_there, extra)
+            links = self._build_on_gpu(wide, by_query, by_key, degree)
         else:
-            links = self._build_on_cpu(keys, by_query, by_key)
+            links = self._build_on_cpu(keys, by_query, by_key, degree)
         self.links = PackedLinks.pack(links, o.key_degree)
         clock.stage("projection")
 
-    def _build_on_cpu(self, keys: Tensor, by_query: Tensor, by_key: Tensor) -> Tensor:
+    def _build_on_cpu(self, keys: Tensor, by_query: Tensor, by_key: Tensor, degree: int) -> Tensor:
         o = self.options
         rows, n, _ = keys.shape
         group, m = by_query.shape[1:3]
-        links = torch.empty(rows, n, self._degree, dtype=torch.int32)
+        links = torch.empty(rows, n, degree, dtype=torch.int32)
         self.repaired_keys = _native.build(
             as_key_store(keys, self.extra),
             by_query.data_ptr(),
@@ -77,8 +77,8 @@ class AttentionAwareGraphIndex(TokenIndex):
             o.q_knn,
             by_key.data_ptr(),
             by_key.shape[2],
-            self._degree,
-            self._query_links,
+            degree,
+            min(o.key_degree - o.key_links, degree),
             o.num_entries,
             self.num_threads,
             links.data_ptr(),
@@ -86,13 +86,13 @@ class AttentionAwareGraphIndex(TokenIndex):
         )
         return links
 
-    def _build_on_gpu(self, keys: Tensor, by_query: Tensor, by_key: Tensor) -> Tensor:
+    def _build_on_gpu(self, keys: Tensor, by_query: Tensor, by_key: Tensor, degree: int) -> Tensor:
         from .projection import project  # Triton only where it is used
 
         o = self.options
         rows, n, _ = keys.shape
         group, m = by_query.shape[1:3]
-        links = project(keys, by_query, by_key, self._degree, self._query_links).cpu()
+        links = project(keys, by_query, by_key, degree, min(o.key_degree - o.key_links, degree)).cpu()
         pivots = by_query[..., 0].cpu().contiguous()
         self.repaired_keys = _native.repair(
             pivots.data_ptr(),
@@ -100,7 +100,7 @@ class AttentionAwareGraphIndex(TokenIndex):
             group,
             m,
             n,
-            self._degree,
+            degree,
             o.num_entries,
             self.num_threads,
             links.data_ptr(),
