@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "graph.h"
+#include "graph_insert.h"
 #include "graph_search.h"
 #include "tail.h"
 
@@ -99,6 +100,31 @@ PYBIND11_MODULE(_native, m) {
             return repair_graphs(inputs, {degree, 0, num_entries, queries}, *threads(num_threads));
         },
         "Entries and reachability of graphs whose links are there already; returns as build does.");
+
+    m.def(
+        "insert",
+        [](const KeyStore& keys, int64_t before, uintptr_t queries, uintptr_t visible, int64_t group, int64_t count,
+           uintptr_t lists, uintptr_t list_scores, int64_t list_width, uintptr_t near, int64_t near_width, uintptr_t mean,
+           int64_t degree, int64_t query_links, int64_t num_entries, int num_threads, uintptr_t adjacency,
+           uintptr_t entries) {
+            py::gil_scoped_release release;
+            const int64_t lists_per_head = group * count;
+            std::vector<HeadGrowth> heads;
+            for (int64_t h = 0; h < keys.heads; ++h) {
+                const Rows rows = keys.head(h);
+                const int64_t first = h * lists_per_head;
+                heads.push_back({rows, before,
+                                 at<const float>(queries) + first * rows.width(),
+                                 at<int32_t>(lists) + first * list_width, at<float>(list_scores) + first * list_width,
+                                 {at<const int32_t>(near) + h * (keys.n - before) * near_width, keys.n - before, near_width},
+                                 at<const float>(mean) + h * rows.width(),
+                                 at<int32_t>(adjacency) + h * keys.n * degree,
+                                 at<int32_t>(entries) + h * num_entries});
+            }
+            return insert_keys(heads, {degree, query_links, num_entries, count}, group, list_width,
+                               at<const int64_t>(visible), *threads(num_threads));
+        },
+        "Links the keys from `before` on into graphs of those before; returns as build does.");
 
     m.def(
         "extend",

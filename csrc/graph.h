@@ -17,6 +17,9 @@ inline bool nearer(const Neighbour& a, const Neighbour& b) {
     return a.score != b.score ? a.score > b.score : a.id < b.id;
 }
 
+// Queries of each head that come last in the text: half of the entries are what they rank first.
+constexpr int64_t kLateQueries = 32;
+
 // Id lists, best first, -1 pads: row i is data[i * width .. (i + 1) * width).
 struct Lists {
     const int32_t* data;

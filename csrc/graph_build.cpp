@@ -2,12 +2,13 @@
 #include <numeric>
 
 #include "graph.h"
+#include "prune.h"
+#include "reachability.h"
 
 namespace rag {
 namespace {
 
 constexpr int64_t kNodesPerTask = 64;
-constexpr int64_t kLateQueries = 32;
 
 // Compressed lists: the members of group i are members[begin[i] .. begin[i + 1]).
 struct Groups {
@@ -42,58 +43,6 @@ Groups reverse_links(const std::vector<int32_t>& links, int64_t n, int64_t width
     return groups;
 }
 
-// Candidates of one key without repetition, and the buffers to prune them: nothing is allocated or cleared per key.
-class PruneScratch {
-   public:
-    std::vector<Neighbour> sorted;
-    std::vector<int32_t> candidates, rejected;
-    std::vector<float> pivot, kept_rows, scores;
-
-    void begin(int32_t x, int64_t n) {
-        candidates.clear();
-        if (static_cast<int64_t>(named_.size()) < n) named_.assign(n, 0), epoch_ = 0;
-        if (++epoch_ == 0) std::fill(named_.begin(), named_.end(), 0), epoch_ = 1;
-        named_[x] = epoch_;
-    }
-    void add(int32_t id) {
-        if (named_[id] == epoch_) return;
-        named_[id] = epoch_;
-        candidates.push_back(id);
-    }
-
-   private:
-    std::vector<uint32_t> named_;
-    uint32_t epoch_ = 0;
-};
-
-// RoarGraph's occlusion rule under the inner product, filling up: keeps p unless a kept r has <p, r> > <x, p>, then the
-// best rejected ones until the list is full. out: [width], -1 pads.
-void prune_fill(const Rows& keys, int32_t x, int64_t width, PruneScratch& s, int32_t* out) {
-    const auto& c = s.candidates;
-    s.pivot.resize(keys.width());
-    s.kept_rows.resize((width + 1) * keys.width());
-    s.scores.resize(c.size());
-    keys.load(x, s.pivot.data());
-    keys.score(s.pivot.data(), c.data(), c.size(), s.scores.data());
-    s.sorted.resize(c.size());
-    for (size_t i = 0; i < c.size(); ++i) s.sorted[i] = {s.scores[i], c[i]};
-    std::sort(s.sorted.begin(), s.sorted.end(), [](const Neighbour& a, const Neighbour& b) { return nearer(a, b); });
-
-    int64_t kept = 0;
-    s.rejected.clear();
-    for (const Neighbour& p : s.sorted) {
-        if (kept == width) break;
-        float* row = s.kept_rows.data() + kept * keys.width();
-        keys.load(p.id, row);
-        if (any_above(row, s.kept_rows.data(), kept, keys.width(), p.score))
-            s.rejected.push_back(p.id);
-        else
-            out[kept++] = p.id;
-    }
-    for (size_t i = 0; kept < width && i < s.rejected.size(); ++i) out[kept++] = s.rejected[i];
-    std::fill(out + kept, out + width, -1);
-}
-
 // [num_entries], -1 pads: first the keys most often ranked first by any query, then those by the last queries.
 void choose_entries(const Lists& lists, int64_t n, const BuildOptions& options, int32_t* entries) {
     std::vector<int64_t> votes(n, 0), late_votes(n, 0);
@@ -122,76 +71,6 @@ void choose_entries(const Lists& lists, int64_t n, const BuildOptions& options, 
     });
     std::fill(entries + filled, entries + options.num_entries, -1);
 }
-
-// Walks the graph from the entries and gives every key not met a link from a near key that was. The links of the walk
-// (one into every key met) are never given up, so nothing that is reachable gets lost.
-class Reachability {
-   public:
-    Reachability(int32_t* adjacency, int64_t n, int64_t degree)
-        : adjacency_(adjacency), n_(n), degree_(degree), met_(n, 0), walked_(n * degree, 0) {}
-
-    int64_t repair(const int32_t* entries, int64_t num_entries) {
-        for (int64_t i = 0; i < num_entries && entries[i] >= 0; ++i) walk_from(entries[i]);
-        int64_t repaired = 0;
-        for (int64_t x = 0; x < n_; ++x) {
-            if (met_[x]) continue;
-            attach(static_cast<int32_t>(x));
-            walk_from(static_cast<int32_t>(x));
-            ++repaired;
-        }
-        return repaired;
-    }
-
-   private:
-    void walk_from(int32_t start) {
-        if (met_[start]) return;
-        met_[start] = 1;
-        queue_.assign(1, start);
-        for (size_t head = 0; head < queue_.size(); ++head) {
-            const int64_t base = queue_[head] * degree_;
-            for (int64_t j = 0; j < degree_ && adjacency_[base + j] >= 0; ++j) {
-                const int32_t y = adjacency_[base + j];
-                if (met_[y]) continue;
-                met_[y] = 1;
-                walked_[base + j] = 1;
-                queue_.push_back(y);
-            }
-        }
-    }
-    bool link(int32_t from, int32_t to) {
-        const int64_t base = from * degree_;
-        int64_t slot = -1;
-        for (int64_t j = 0; j < degree_; ++j) {
-            if (adjacency_[base + j] < 0) {
-                slot = j;
-                break;
-            }
-            if (!walked_[base + j]) slot = j;
-        }
-        if (slot < 0) return false;
-        adjacency_[base + slot] = to;
-        walked_[base + slot] = 1;
-        return true;
-    }
-    // From one of its own neighbours, else from the nearest position in the text that has room; some key always has:
-    // the walk keeps fewer links than there are keys met.
-    void attach(int32_t x) {
-        for (int64_t j = 0; j < degree_; ++j) {
-            const int32_t y = adjacency_[x * degree_ + j];
-            if (y < 0) break;
-            if (met_[y] && link(y, x)) return;
-        }
-        for (int64_t step = 1; step < n_; ++step) {
-            if (x - step >= 0 && met_[x - step] && link(static_cast<int32_t>(x - step), x)) return;
-            if (x + step < n_ && met_[x + step] && link(static_cast<int32_t>(x + step), x)) return;
-        }
-    }
-
-    int32_t* adjacency_;
-    int64_t n_, degree_;
-    std::vector<uint8_t> met_, walked_;
-    std::vector<int32_t> queue_;
-};
 
 // The stages of one kv head's build. Each reads only what the stage before has finished: the graph is the same for any
 // number of threads. Stages over nodes write only what belongs to their node.

@@ -38,6 +38,26 @@ def repair(
     adjacency: int,
     entries: int,
 ) -> int: ...
+def insert(
+    keys: KeyStore,
+    before: int,
+    queries: int,
+    visible: int,
+    group: int,
+    count: int,
+    lists: int,
+    list_scores: int,
+    list_width: int,
+    near: int,
+    near_width: int,
+    mean: int,
+    degree: int,
+    query_links: int,
+    num_entries: int,
+    num_threads: int,
+    adjacency: int,
+    entries: int,
+) -> int: ...
 def extend(
     keys: KeyStore, queries: int, visible: int, count: int, begin: int, k: int, ids: int, scores: int
 ) -> None: ...

@@ -40,6 +40,22 @@ class TokenIndex(ABC):
         """
 
     @abstractmethod
+    def insert(
+        self,
+        keys: Tensor,
+        queries: Tensor | None = None,
+        positions: Tensor | None = None,
+        extra: Tensor | None = None,
+    ) -> None:
+        """Adds keys that came after the N indexed ones; ids go on from N.
+
+        keys [R, N + n, D], n >= 1: all keys, the indexed ones unchanged in front. The index refers to this tensor from
+        now on, as `build` does; usually it is a longer view of the same store. queries [R, g, M, D]: those that saw new
+        keys, and every old one; positions [M] and extra [R, N + n] as in `build`, extra if and only if it had one.
+        Raises ValueError for shapes that do not fit, before anything changes.
+        """
+
+    @abstractmethod
     def search(self, queries: Tensor, k: int) -> SearchResult:
         """The k keys of largest inner product with each of queries [R, g, D], as well as the index finds them."""
 
@@ -68,6 +84,34 @@ def check_build(keys: Tensor, queries: Tensor, positions: Tensor | None, extra: 
         raise ValueError(f"positions: got shape {tuple(positions.shape)}, allowed: [{queries.shape[2]}]")
     if bool((positions.diff() < 0).any()):
         raise ValueError("positions: got a decreasing sequence, allowed: non-decreasing positions")
+
+
+def check_insert(
+    keys: Tensor,
+    indexed: torch.Size,
+    lifted: bool,
+    queries: Tensor | None,
+    positions: Tensor | None,
+    extra: Tensor | None,
+) -> None:
+    """Raises ValueError unless the arguments of TokenIndex.insert fit an index of keys `indexed` [R, N, D], with one
+    more dimension if `lifted`."""
+    rows, before, dim = indexed
+    if keys.dim() != 3 or (keys.shape[0], keys.shape[2]) != (rows, dim) or keys.shape[1] <= before:
+        raise ValueError(
+            f"keys: got shape {tuple(keys.shape)}, allowed: [{rows}, N, {dim}] of all keys, N more than the {before} "
+            "indexed"
+        )
+    if (extra is not None) != lifted:
+        raise ValueError(f"extra: got {'none' if extra is None else 'one'}, allowed: one if `build` had one, else none")
+    check_build(keys, keys.new_empty(rows, 1, 0, dim) if queries is None else queries, None, extra)
+    if positions is None:
+        return
+    if queries is None:
+        raise ValueError("positions: got some without queries, allowed: those of the queries")
+    check_build(keys, queries, positions, extra)
+    if len(positions) and int(positions[0]) < before - 1:
+        raise ValueError(f"positions: got {int(positions[0])}, allowed: at least {before - 1}, all indexed keys seen")
 
 
 def check_search(queries: Tensor, k: int, rows: int, dim: int) -> None:

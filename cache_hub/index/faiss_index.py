@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_search, lift
+from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_insert, check_search, lift
 from .knn import in_parallel
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -34,24 +34,37 @@ class FaissIndex(TokenIndex):
     ) -> None:
         """See TokenIndex.build. Raises ValueError for keys that are not float32, float16 or bfloat16 in CPU memory."""
         check_build(keys, queries, positions, extra)
-        if keys.device.type != "cpu" or keys.dtype not in _DTYPES:
-            raise ValueError(
-                f"keys: got {keys.dtype} on {keys.device}, allowed: float32, float16 or bfloat16 in CPU memory"
-            )
+        _check_keys(keys)
         begin = time.perf_counter()
-        self._dim, self._lifted = keys.shape[2], extra is not None
+        self._shape, self._lifted = keys.shape, extra is not None
         self._rows: list[Any] = [None] * len(keys)
 
         def work(row: int) -> None:
-            vectors = keys[row].float() if extra is None else lift(keys[row], extra[row])
-            self._rows[row] = self.build_row(vectors.contiguous().numpy())
+            self._rows[row] = self.build_row(_vectors(keys, extra, row, 0))
 
         in_parallel(work, [(row,) for row in range(len(keys))], keys.device, self.num_threads)
         self.build_seconds["index"] = time.perf_counter() - begin
 
+    def insert(
+        self,
+        keys: Tensor,
+        queries: Tensor | None = None,
+        positions: Tensor | None = None,
+        extra: Tensor | None = None,
+    ) -> None:
+        """See TokenIndex.insert; the queries are not used."""
+        check_insert(keys, self._shape, self._lifted, queries, positions, extra)
+        _check_keys(keys)
+
+        def work(row: int) -> None:
+            self.add_to_row(self._rows[row], _vectors(keys, extra, row, self._shape[1]))
+
+        in_parallel(work, [(row,) for row in range(len(keys))], keys.device, self.num_threads)
+        self._shape = keys.shape
+
     def search(self, queries: Tensor, k: int) -> SearchResult:
         """See TokenIndex.search."""
-        check_search(queries, k, len(self._rows), self._dim)
+        check_search(queries, k, len(self._rows), self._shape[2])
         asked = asked_vectors(queries, self._lifted).numpy()
         shape = (*queries.shape[:2], k)
         ids, scores = np.empty(shape, np.int32), np.empty(shape, np.float32)
@@ -77,9 +90,26 @@ class FaissIndex(TokenIndex):
         """The index of keys [N, D] float32, in a form of the class's own."""
 
     @abstractmethod
+    def add_to_row(self, row: Any, keys: np.ndarray) -> None:
+        """Adds keys [n, D] float32 behind those that the row has."""
+
+    @abstractmethod
     def search_row(self, row: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Scores and ids [g, k], best first, ids -1 where there are fewer, and the products computed [g]."""
 
     @abstractmethod
     def row_bytes(self, row: Any) -> int:
         """Bytes of one row: its copy of the keys and everything beside it."""
+
+
+def _check_keys(keys: Tensor) -> None:
+    if keys.device.type != "cpu" or keys.dtype not in _DTYPES:
+        raise ValueError(
+            f"keys: got {keys.dtype} on {keys.device}, allowed: float32, float16 or bfloat16 in CPU memory"
+        )
+
+
+def _vectors(keys: Tensor, extra: Tensor | None, row: int, first: int) -> np.ndarray:
+    """Keys of a row from `first` on as faiss reads them: [n, D] float32, or [n, D + 1]."""
+    states = keys[row, first:]
+    return (states.float() if extra is None else lift(states, extra[row, first:])).contiguous().numpy()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_search
+from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_insert, check_search
 from .key_store import as_key_store
 
 
@@ -24,6 +24,18 @@ class FlatIndex(TokenIndex):
         check_build(keys, queries, positions, extra)
         self.keys, self.extra = keys, extra
         self._store = as_key_store(keys, extra)
+
+    def insert(
+        self,
+        keys: Tensor,
+        queries: Tensor | None = None,
+        positions: Tensor | None = None,
+        extra: Tensor | None = None,
+    ) -> None:
+        """See TokenIndex.insert; the queries are not used."""
+        check_insert(keys, self.keys.shape, self.extra is not None, queries, positions, extra)
+        self._store = as_key_store(keys, extra)
+        self.keys, self.extra = keys, extra
 
     def search(self, queries: Tensor, k: int) -> SearchResult:
         """See TokenIndex.search; exact, lower ids first among equal scores."""

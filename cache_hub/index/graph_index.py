@@ -11,7 +11,7 @@ from torch import Tensor
 from config import GraphConfig
 
 from . import _native
-from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_search, lift
+from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_insert, check_search, lift
 from .key_store import as_key_store
 from .knn import causal_knn, key_knn
 from .links import PackedLinks
@@ -51,6 +51,7 @@ class AttentionAwareGraphIndex(TokenIndex):
 
         dtype = keys.dtype if o.index_dtype == "auto" else getattr(torch, o.index_dtype)
         self.keys = keys.to(dtype)
+        self._key_sums: Tensor | None = None
         self._copied = self.keys is not keys
         self.extra = extra
         self._store = as_key_store(self.keys, extra)
@@ -108,12 +109,81 @@ class AttentionAwareGraphIndex(TokenIndex):
         )
         return links
 
+    def insert(
+        self,
+        keys: Tensor,
+        queries: Tensor | None = None,
+        positions: Tensor | None = None,
+        extra: Tensor | None = None,
+    ) -> None:
+        """See TokenIndex.insert. The queries' lists are found by search among the old keys, exactly among the new ones,
+        and become links as in `build`; nearest keys are found likewise. repaired_keys as after `build`."""
+        check_insert(keys, self.keys.shape, self.extra is not None, queries, positions, extra)
+        store = as_key_store(keys, extra)
+        o = self.options
+        rows, before, _ = self.keys.shape
+        n = keys.shape[1]
+        sums = self._grown_sums(keys, extra)
+        mean = sums / n
+        query_links = o.key_degree - o.key_links
+        near = torch.empty(rows, n - before, 0, dtype=torch.int32)
+        if o.key_links:
+            states = keys[:, before:] if extra is None else lift(keys[:, before:], extra[:, before:])
+            near = self._search(states.float() - mean[:, None], max(o.ef_search, o.key_degree)).ids
+        asked, lists = torch.empty(0), torch.empty(rows, 0, 0, o.q_knn, dtype=torch.int32)
+        scores = torch.empty(0)
+        if queries is not None:
+            group, m = queries.shape[1:3]
+            asked = asked_vectors(queries.flatten(1, 2), extra is not None)
+            found = self._search(asked, o.q_knn)
+            lists, scores = found.ids.view(rows, group, m, o.q_knn), found.scores
+        visible = torch.full(lists.shape[2:3], n) if positions is None else (positions.cpu() + 1).clamp(max=n)
+
+        links = self.links.unpack_for(n)
+        degree = links.shape[2]
+        entries = self.entries.clone()
+        self.repaired_keys = _native.insert(
+            store,
+            before,
+            asked.data_ptr(),
+            visible.data_ptr(),
+            lists.shape[1],
+            lists.shape[2],
+            lists.data_ptr(),
+            scores.data_ptr(),
+            o.q_knn,
+            near.data_ptr(),
+            near.shape[2],
+            mean.data_ptr(),
+            degree,
+            min(query_links, degree),
+            o.num_entries,
+            self.num_threads,
+            links.data_ptr(),
+            entries.data_ptr(),
+        )
+        self.keys = torch.cat((self.keys, keys[:, before:].to(self.keys.dtype)), 1) if self._copied else keys
+        self.extra, self.entries, self._key_sums = extra, entries, sums
+        self._store = as_key_store(self.keys, extra)
+        self.links = PackedLinks.pack(links, self.links.slots)
+
+    def _grown_sums(self, keys: Tensor, extra: Tensor | None) -> Tensor:
+        """Sums [R, D] float32 of all keys, or [R, D + 1]; they are kept, so that old keys are read once."""
+        first = 0 if self._key_sums is None else self.keys.shape[1]
+        sums = torch.stack([head[first:].sum(0, dtype=torch.float32) for head in keys])
+        if extra is not None:
+            sums = lift(sums, extra[:, first:].sum(1))
+        return sums if self._key_sums is None else self._key_sums + sums
+
     def search(self, queries: Tensor, k: int) -> SearchResult:
         """Best-first search from the entries with a beam of max(ef_search, k); see TokenIndex.search."""
         rows, _, dim = self.keys.shape
         check_search(queries, k, rows, dim)
-        group = queries.shape[1]
-        asked = asked_vectors(queries, self.extra is not None)
+        return self._search(asked_vectors(queries, self.extra is not None), k)
+
+    def _search(self, asked: Tensor, k: int) -> SearchResult:
+        """For asked [R, g, D] float32, or [R, g, D + 1], contiguous."""
+        rows, group, _ = asked.shape
         ids = torch.empty(rows, group, k, dtype=torch.int32)
         scores = torch.empty(rows, group, k)
         keys_scored = torch.empty(rows, group, dtype=torch.int64)

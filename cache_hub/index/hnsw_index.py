@@ -35,6 +35,9 @@ class HNSWIndex(FaissIndex):
         index.add(keys)
         return index
 
+    def add_to_row(self, row: Any, keys: np.ndarray) -> None:
+        row.add(keys)
+
     def search_row(self, row: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See FaissIndex.search_row."""
         import faiss

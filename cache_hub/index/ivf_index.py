@@ -60,6 +60,16 @@ class IVFIndex(FaissIndex):
         index.add_core(n, faiss.swig_ptr(keys), None, faiss.swig_ptr(lists))
         return _Lists(index, centroids, np.bincount(lists, minlength=n_list))
 
+    def add_to_row(self, row: _Lists, keys: np.ndarray) -> None:
+        """The lists stay as the build made them."""
+        import faiss
+
+        by_distance = faiss.IndexFlatL2(keys.shape[1])
+        by_distance.add(row.centroids.reconstruct_n(0, len(row.sizes)))
+        lists = by_distance.search(keys, 1)[1].ravel()
+        row.index.add_core(len(keys), faiss.swig_ptr(keys), None, faiss.swig_ptr(lists))
+        row.sizes += np.bincount(lists, minlength=len(row.sizes))
+
     def search_row(self, row: _Lists, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See FaissIndex.search_row."""
         near, probed = row.centroids.search(queries, row.index.nprobe)

@@ -45,6 +45,14 @@ class PackedLinks:
         _native.pack_links(links.data_ptr(), rows * keys, width, segments, slots, data.data_ptr())
         return cls(data, segments)
 
+    def unpack_for(self, keys: int) -> Tensor:
+        """Links as `pack` takes them for a larger number of keys, [R, keys, capacity] int32, new rows uninitialised. A
+        row that has more links than then fit loses its last."""
+        rows, old, slots = self.data.shape
+        links = torch.empty(rows, keys, self.capacity(keys, slots), dtype=torch.int32)
+        links[:, :old] = self.unpack()[..., : links.shape[2]]
+        return links
+
     def unpack(self) -> Tensor:
         """[R, N, slots] int32 with -1 pads at the end; from 2 segments on in the order of the segments."""
         out = torch.empty(self.data.shape, dtype=torch.int32)

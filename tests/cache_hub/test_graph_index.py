@@ -2,12 +2,12 @@
 
 import multiprocessing
 import os
-from collections import deque
 from typing import Any
 
 import pytest
 import torch
 from beam_oracle import beam_search
+from graph_checks import check_structure, reachable
 
 from cache_hub.diagnosis import unite
 from cache_hub.index import AttentionAwareGraphIndex, FlatIndex, _native, make_index
@@ -25,30 +25,11 @@ def build(n: int, group: int = 3, dim: int = 64, rows: int = 2, dtype: torch.dty
     return index, keys, queries
 
 
-def reachable(index: AttentionAwareGraphIndex, row: int) -> set[int]:
-    links = index.adjacency[row].tolist()
-    met = {entry for entry in index.entries[row].tolist() if entry >= 0}
-    queue = deque(met)
-    while queue:
-        fresh = {y for y in links[queue.popleft()] if y >= 0} - met
-        met |= fresh
-        queue.extend(fresh)
-    return met
-
-
 @pytest.mark.parametrize("key_links", [0, 3, 8])
 @pytest.mark.parametrize(("n", "group", "dim"), [(1, 1, 64), (2, 3, 64), (63, 3, 64), (257, 4, 128), (1009, 1, 64)])
 def test_structure(n: int, group: int, dim: int, key_links: int) -> None:
     index, _, _ = build(n, group, dim, key_degree=8, key_links=key_links, q_knn=6, num_entries=4)
-    assert index.adjacency.shape == (2, n, 8)
-    for row in range(2):
-        for x, links in enumerate(index.adjacency[row].tolist()):
-            named = [y for y in links if y >= 0]
-            assert links == named + [-1] * (8 - len(named)), "pads come last"
-            assert len(set(named)) == len(named), "no link twice"
-            assert x not in named, "no link to itself"
-            assert all(y < n for y in named)
-        assert reachable(index, row) == set(range(n))
+    check_structure(index, n, degree=8)
 
 
 def test_every_key_is_reachable_where_query_links_alone_leave_islands() -> None:

@@ -1,0 +1,246 @@
+#include "graph_insert.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "prune.h"
+#include "reachability.h"
+
+namespace rag {
+namespace {
+
+constexpr int64_t kQueriesPerTask = 64;
+constexpr int64_t kKeysPerTask = 16;
+
+// Members by key, in order.
+class Members {
+   public:
+    using Pair = std::pair<int32_t, int32_t>;
+
+    void add(int32_t key, int32_t member) { pairs_.emplace_back(key, member); }
+    void sort() { std::sort(pairs_.begin(), pairs_.end()); }
+    template <class Visit>
+    void each(int32_t key, Visit&& visit) const {
+        for (auto i = std::lower_bound(pairs_.begin(), pairs_.end(), Pair{key, -1}); i != pairs_.end() && i->first == key; ++i)
+            visit(i->second);
+    }
+    void keys(std::vector<int32_t>& out) const {
+        for (const Pair& pair : pairs_) out.push_back(pair.first);
+    }
+
+   private:
+    std::vector<Pair> pairs_;
+};
+
+struct Scratch {
+    PruneScratch prune;
+    std::vector<Neighbour> near;
+    std::vector<int32_t> ids;
+    std::vector<float> scores, centre, row;
+};
+
+void sort_unique(std::vector<int32_t>& ids) {
+    std::sort(ids.begin(), ids.end());
+    ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+}
+
+float dot(const float* a, const float* b, int64_t dim) {
+    float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < dim; ++d) sum += a[d] * b[d];
+    return sum;
+}
+
+// The stages of one kv head. Each reads what the stages before have finished, and writes what belongs to its key.
+class HeadInsert {
+   public:
+    HeadInsert(const HeadGrowth& input, const BuildOptions& options, int64_t group, int64_t list_width)
+        : in_(input), options_(options), group_(group), list_width_(list_width), fresh_(in_.keys.n - in_.before),
+          width_(in_.keys.width()), key_links_(options.degree - options.query_links),
+          near_width_(key_links_ ? options.degree : 0), directions_(fresh_ * width_), near_(fresh_ * near_width_) {}
+
+    int64_t fresh() const { return fresh_; }
+    int64_t pivots() const { return pivots_.size(); }
+    int64_t affected() const { return affected_.size(); }
+
+    // Adds the new keys to the lists of some queries.
+    void extend(int64_t head, int64_t begin, int64_t end, const int64_t* visible) {
+        const int64_t first = head * options_.queries + begin;
+        extend_lists(in_.keys, in_.queries + first * width_, visible + begin, end - begin, in_.before, list_width_,
+                     in_.lists + first * list_width_, in_.list_scores + first * list_width_);
+    }
+    void direct(int64_t i) { direction(in_.before + i, &directions_[i * width_]); }
+    // The nearest of new key i: of the candidates among the old ones and of all new ones.
+    void find_near(int64_t i, Scratch& s) {
+        if (!near_width_) return;
+        const float* towards = directions_.data() + i * width_;
+        s.near.clear();
+        s.row.resize(width_);
+        const int32_t* old = in_.near.row(i);
+        for (int64_t j = 0; j < in_.near.width && old[j] >= 0; ++j) {
+            direction(old[j], s.row.data());
+            s.near.push_back({dot(towards, s.row.data(), width_), old[j]});
+        }
+        for (int64_t j = 0; j < fresh_; ++j)
+            if (j != i)
+                s.near.push_back({dot(towards, &directions_[j * width_], width_), static_cast<int32_t>(in_.before + j)});
+        const int64_t count = std::min<int64_t>(near_width_, s.near.size());
+        std::partial_sort(s.near.begin(), s.near.begin() + count, s.near.end(), nearer);
+        int32_t* out = &near_[i * near_width_];
+        for (int64_t j = 0; j < near_width_; ++j) out[j] = j < count ? s.near[j].id : -1;
+    }
+    void group() {
+        for (int64_t i = 0; i < lists(); ++i)
+            if (pivot(i) >= 0) by_pivot_.add(pivot(i), static_cast<int32_t>(i)), pivots_.push_back(pivot(i));
+        by_pivot_.sort();
+        sort_unique(pivots_);
+        forward_.assign(pivots_.size() * options_.query_links, -1);
+        choose_entries();
+    }
+    void link_pivot(int64_t at, Scratch& s) {
+        s.prune.begin(pivots_[at], in_.keys.n);
+        by_pivot_.each(pivots_[at], [&](int32_t i) {
+            const int32_t* list = in_.lists + i * list_width_;
+            for (int64_t j = 1; j < list_width_ && list[j] >= 0; ++j) s.prune.add(list[j]);
+        });
+        prune_fill(in_.keys, pivots_[at], options_.query_links, s.prune, &forward_[at * options_.query_links]);
+    }
+    // Who gets links: by queries in both directions, by nearness the old ones that new keys are near to.
+    void reverse() {
+        for (size_t at = 0; at < pivots_.size(); ++at)
+            for (int64_t j = 0; j < options_.query_links; ++j)
+                if (const int32_t y = forward_[at * options_.query_links + j]; y >= 0)
+                    by_query_.add(pivots_[at], y), by_query_.add(y, pivots_[at]);
+        for (int64_t i = 0; i < fresh_; ++i)
+            for (int64_t j = 0; j < std::min(near_width_, key_links_); ++j)
+                if (const int32_t y = near_[i * near_width_ + j]; y >= 0 && y < in_.before)
+                    by_nearness_.add(y, static_cast<int32_t>(in_.before + i));
+        by_query_.sort();
+        by_nearness_.sort();
+        by_query_.keys(affected_);
+        by_nearness_.keys(affected_);
+        for (int64_t x = in_.before; x < in_.keys.n; ++x) affected_.push_back(static_cast<int32_t>(x));
+        sort_unique(affected_);
+    }
+    void link(int64_t at, Scratch& s) {
+        const int32_t y = affected_[at];
+        int32_t* out = in_.adjacency + y * options_.degree;
+        s.prune.begin(y, in_.keys.n);
+        by_query_.each(y, [&](int32_t x) { s.prune.add(x); });
+        if (y < in_.before)
+            reconsider(y, out, s);
+        else
+            s.ids.assign(near_.data() + (y - in_.before) * near_width_, near_.data() + (y - in_.before + 1) * near_width_);
+        prune_fill(in_.keys, y, options_.query_links, s.prune, out);
+        int64_t filled = std::find(out, out + options_.query_links, -1) - out;
+        for (size_t j = 0; j < s.ids.size() && s.ids[j] >= 0 && filled < options_.degree; ++j)
+            if (std::find(out, out + filled, s.ids[j]) == out + filled) out[filled++] = s.ids[j];
+        std::fill(out + filled, out + options_.degree, -1);
+    }
+    int64_t repair() {
+        return Reachability(in_.adjacency, in_.keys.n, options_.degree).repair(in_.entries, options_.num_entries);
+    }
+
+   private:
+    int64_t lists() const { return group_ * options_.queries; }
+    int32_t pivot(int64_t list) const { return in_.lists[list * list_width_]; }
+
+    // A key less the mean, of length 1.
+    void direction(int64_t id, float* out) const {
+        in_.keys.load(static_cast<int32_t>(id), out);
+        for (int64_t d = 0; d < width_; ++d) out[d] -= in_.mean[d];
+        const float scale = 1.f / std::max(std::sqrt(dot(out, out, width_)), 1e-12f);
+        for (int64_t d = 0; d < width_; ++d) out[d] *= scale;
+    }
+    // An old key's links have no kind. The nearest of them are its key links, as in the build, where these were the
+    // nearest of all; the others compete with what queries propose. s.ids: all, and new keys near to it, nearest first.
+    void reconsider(int32_t y, const int32_t* links, Scratch& s) {
+        s.near.clear();
+        s.centre.resize(width_);
+        s.row.resize(width_);
+        direction(y, s.centre.data());
+        auto consider = [&](int32_t id) {
+            direction(id, s.row.data());
+            s.near.push_back({dot(s.centre.data(), s.row.data(), width_), id});
+        };
+        for (int64_t j = 0; j < options_.degree && links[j] >= 0; ++j) consider(links[j]);
+        std::sort(s.near.begin(), s.near.end(), nearer);
+        for (size_t j = key_links_; j < s.near.size(); ++j) s.prune.add(s.near[j].id);
+        by_nearness_.each(y, consider);
+        std::sort(s.near.begin(), s.near.end(), nearer);
+        s.ids.clear();
+        for (const Neighbour& one : s.near) s.ids.push_back(one.id);
+    }
+    // The first half stays; the other one is what the last queries rank first, then what it was.
+    void choose_entries() {
+        std::vector<int32_t> first;
+        for (int64_t i = 0; i < lists(); ++i)
+            if (i % options_.queries >= options_.queries - kLateQueries && pivot(i) >= 0) first.push_back(pivot(i));
+        std::sort(first.begin(), first.end());
+        std::vector<Neighbour> votes;
+        for (size_t i = 0; i < first.size(); ++i) {
+            if (i == 0 || first[i] != first[i - 1]) votes.push_back({0.f, first[i]});
+            votes.back().score += 1.f;
+        }
+        std::sort(votes.begin(), votes.end(), nearer);
+
+        const std::vector<int32_t> before(in_.entries, std::find(in_.entries, in_.entries + options_.num_entries, -1));
+        const int64_t stay = std::min<int64_t>((std::min(options_.num_entries, in_.keys.n) + 1) / 2, before.size());
+        int64_t filled = stay;
+        auto take = [&](int32_t id) {
+            if (filled < options_.num_entries && std::find(in_.entries, in_.entries + filled, id) == in_.entries + filled)
+                in_.entries[filled++] = id;
+        };
+        for (const Neighbour& one : votes) take(one.id);
+        for (size_t i = stay; i < before.size(); ++i) take(before[i]);
+        std::fill(in_.entries + filled, in_.entries + options_.num_entries, -1);
+    }
+
+    HeadGrowth in_;
+    BuildOptions options_;
+    int64_t group_, list_width_, fresh_, width_, key_links_, near_width_;
+    std::vector<float> directions_;            // [fresh, width]
+    std::vector<int32_t> near_;                // [fresh, near width], -1 pads
+    std::vector<int32_t> pivots_, forward_;    // ascending; their links [pivots, query links], -1 pads
+    std::vector<int32_t> affected_;            // ascending
+    Members by_pivot_, by_query_, by_nearness_;  // lists of a pivot; keys proposed to a key
+};
+
+}  // namespace
+
+int64_t insert_keys(const std::vector<HeadGrowth>& inputs, const BuildOptions& options, int64_t group, int64_t list_width,
+                    const int64_t* visible, ThreadPool& pool) {
+    std::vector<HeadInsert> heads;
+    for (const HeadGrowth& input : inputs) heads.emplace_back(input, options, group, list_width);
+    const int64_t count = heads.size();
+    auto over_heads = [&](auto&& stage) { pool.parallel_for(count, 1, [&](int64_t h) { stage(heads[h]); }); };
+    // stage(head, i) for every i below items(head)
+    auto over_items = [&](auto&& items, int64_t chunk, auto&& stage) {
+        int64_t most = 0;
+        for (const HeadInsert& head : heads) most = std::max<int64_t>(most, items(head));
+        pool.parallel_for(count * most, chunk, [&](int64_t i) {
+            thread_local Scratch scratch;
+            if (i % most < items(heads[i / most])) stage(heads[i / most], i % most, scratch);
+        });
+    };
+    const int64_t parts = (options.queries + kQueriesPerTask - 1) / kQueriesPerTask;
+    over_items([&](const HeadInsert&) { return group * parts; }, 1, [&](HeadInsert& head, int64_t i, Scratch&) {
+        const int64_t begin = i % parts * kQueriesPerTask;
+        head.extend(i / parts, begin, std::min(begin + kQueriesPerTask, options.queries), visible);
+    });
+    const auto fresh = [](const HeadInsert& head) { return head.fresh(); };
+    over_items(fresh, kKeysPerTask, [](HeadInsert& head, int64_t i, Scratch&) { head.direct(i); });
+    over_items(fresh, kKeysPerTask, [](HeadInsert& head, int64_t i, Scratch& s) { head.find_near(i, s); });
+    over_heads([](HeadInsert& head) { head.group(); });
+    over_items([](const HeadInsert& head) { return head.pivots(); }, kKeysPerTask,
+               [](HeadInsert& head, int64_t i, Scratch& s) { head.link_pivot(i, s); });
+    over_heads([](HeadInsert& head) { head.reverse(); });
+    over_items([](const HeadInsert& head) { return head.affected(); }, kKeysPerTask,
+               [](HeadInsert& head, int64_t i, Scratch& s) { head.link(i, s); });
+    std::atomic<int64_t> repaired{0};
+    over_heads([&](HeadInsert& head) { repaired += head.repair(); });
+    return repaired;
+}
+
+}  // namespace rag

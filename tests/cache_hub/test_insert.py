@@ -1,0 +1,194 @@
+"""Keys that come later: in every index, against one built over all of them and against the exact scan."""
+
+from typing import Any
+
+import pytest
+import torch
+from graph_checks import check_structure
+
+from cache_hub.index import INDEXES, AttentionAwareGraphIndex, FlatIndex, TokenIndex, make_index
+from cache_hub.index.links import PackedLinks
+
+EXACT: dict[str, dict[str, Any]] = {
+    "flat": {},
+    "attention_aware_graph": {"ef_search": 4000, "index_dtype": "auto"},
+    "ivf": {"n_probe": 4000, "n_list": 0},
+    "hnsw": {"m": 300, "ef_construction": 1000, "ef_search": 1000},
+}
+
+
+def states(n: int, group: int = 3, dim: int = 64, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys [R, n, D] and queries [R, g, n, D] that lie away from them, as attention's do."""
+    torch.manual_seed(n + dim)
+    keys = torch.randn(rows, n, dim) + torch.randn(rows, 1, dim)
+    return keys, 0.5 * torch.randn(rows, group, n, dim) + torch.randn(rows, 1, 1, dim)
+
+
+def grown(
+    index: TokenIndex, keys: torch.Tensor, queries: torch.Tensor | None, before: int, batches: list[int]
+) -> TokenIndex:
+    """Built over the first `before` keys, and grown by batches; queries are those of the same positions."""
+    asked = keys.new_zeros(len(keys), 1, 0, keys.shape[2]) if queries is None else queries[:, :, :before]
+    index.build(keys[:, :before], asked, torch.arange(asked.shape[2]))
+    for batch in batches:
+        new = torch.arange(before, before + batch)
+        before += batch
+        index.insert(keys[:, :before], *(() if queries is None else (queries[:, :, new], new)))
+    return index
+
+
+CASES = [(1, [1]), (1, [63]), (2, [1, 1, 1]), (100, [63, 127]), (257, [1, 97])]
+
+
+@pytest.mark.parametrize(("before", "batches"), CASES)
+@pytest.mark.parametrize("with_queries", [True, False])
+@pytest.mark.parametrize("strategy", INDEXES)
+def test_everything_is_found_under_ids_that_go_on(
+    strategy: str, with_queries: bool, before: int, batches: list[int]
+) -> None:
+    n = before + sum(batches)
+    keys, queries = states(n)
+    index = grown(make_index(strategy, **EXACT[strategy]), keys, queries if with_queries else None, before, batches)
+    found = index.search(queries[:, :, -1], n)
+    exact = FlatIndex()
+    exact.build(keys, queries)
+    expected = exact.search(queries[:, :, -1], n)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.ids.sort().values, expected.ids.sort().values)
+
+
+@pytest.mark.parametrize("key_links", [0, 3, 8])
+@pytest.mark.parametrize(("before", "batches"), CASES)
+@pytest.mark.parametrize("with_queries", [True, False])
+def test_structure(before: int, batches: list[int], key_links: int, with_queries: bool) -> None:
+    keys, queries = states(before + sum(batches))
+    index = AttentionAwareGraphIndex(key_degree=8, key_links=key_links, q_knn=6, num_entries=4)
+    grown(index, keys, queries if with_queries else None, before, batches)
+    check_structure(index, before + sum(batches), degree=8)
+
+
+@pytest.mark.parametrize("kind", ["equal", "duplicates", "zero", "one huge"])
+def test_structure_over_keys_that_no_score_tells_apart(kind: str) -> None:
+    keys, queries = states(301)
+    if kind == "equal":
+        keys[:] = keys[:, :1]
+    elif kind == "duplicates":
+        keys[:, 150:300] = keys[:, :150]
+    elif kind == "zero":
+        keys[:, ::2] = 0
+    else:
+        keys[:, 250] *= 1000
+    index = AttentionAwareGraphIndex(key_degree=6, key_links=3, q_knn=5, num_entries=4)
+    check_structure(grown(index, keys, queries, 150, [64, 87]), 301, degree=6)
+
+
+@pytest.mark.parametrize("other_threads", [2, 5])
+def test_same_graph_for_any_thread_count(other_threads: int) -> None:
+    keys, queries = states(700)
+    indexes = [
+        grown(AttentionAwareGraphIndex(num_threads=threads), keys, queries, 400, [200, 100])
+        for threads in (1, other_threads)
+    ]
+    assert torch.equal(indexes[0].adjacency, indexes[1].adjacency)
+    assert torch.equal(indexes[0].entries, indexes[1].entries)
+
+
+def test_a_grown_graph_finds_as_much_as_one_built_at_once() -> None:
+    keys, queries = states(3000, rows=1)
+    exact = (queries[:, :, -50:].transpose(1, 2) @ keys[:, None, :2900].transpose(2, 3)).topk(10).indices
+    recalls = []
+    for batches in ([], [200, 137, 63, 500]):
+        index = make_index("attention_aware_graph", key_degree=16, key_links=8, ef_search=60)
+        grown(index, keys[:, :2900], queries[:, :, :2900], 2900 - sum(batches), batches)
+        found = torch.stack([index.search(queries[:, :, -50 + step], 10).ids for step in range(50)], 1)
+        recalls.append((exact[..., None] == found[..., None, :]).any(-1).float().mean().item())
+    assert recalls[1] > recalls[0] - 0.01
+
+
+def test_new_keys_get_and_give_links_to_old_ones() -> None:
+    """Every old key has a near duplicate among the new ones."""
+    keys, _ = states(200, rows=1)
+    keys[:, 100:] = keys[:, :100] + 0.01 * torch.randn(1, 100, 64)
+    links = grown(make_index("attention_aware_graph", key_degree=8, key_links=4), keys, None, 100, [100]).adjacency[0]
+    twin = (torch.arange(200) + 100) % 200
+    assert bool((links == twin[:, None]).any(1).all())
+
+
+def test_half_of_the_entries_follow_the_last_queries() -> None:
+    keys, queries = states(900, group=1, rows=1)
+    keys[:, 800:] += 3 * queries.mean((1, 2))[:, None]
+    index = make_index("attention_aware_graph", num_entries=8)
+    index.build(keys[:, :800], queries[:, :, :800], torch.arange(800))
+    before = index.entries[0].tolist()
+    index.insert(keys, queries[:, :, 800:], torch.arange(800, 900))
+    after = index.entries[0].tolist()
+    first = [int((queries[0, 0, m] @ keys[0, : m + 1].T).argmax()) for m in range(868, 900)]
+    votes = torch.tensor(first).bincount(minlength=900)
+    assert after[:4] == before[:4]
+    assert votes[after[4:]].tolist() == votes.topk(4).values.tolist()
+
+
+@pytest.mark.parametrize("index_dtype", ["auto", "bfloat16"])
+def test_a_longer_view_of_one_store_and_a_copy_of_it(index_dtype: str) -> None:
+    store = torch.full((2, 400, 64), float("nan"))
+    store[:, 20:320], queries = states(300)
+    index = make_index("attention_aware_graph", ef_search=300, index_dtype=index_dtype)
+    index.build(store[:, 20:220], queries[:, :, :200], torch.arange(200))
+    index.insert(store[:, 20:320], queries[:, :, 200:], torch.arange(200, 300))
+    assert (index.keys.data_ptr() == store[:, 20:].data_ptr()) == (index_dtype == "auto")
+    dtype = torch.float32 if index_dtype == "auto" else torch.bfloat16
+    exact = (queries[:, :, -1] @ store[:, 20:320].to(dtype).float().transpose(1, 2)).topk(10).indices
+    assert torch.equal(index.search(queries[:, :, -1], 10).ids.long(), exact)
+    assert index.nbytes == 2 * 300 * 32 * 2 + 2 * 64 * 4 + (0 if index_dtype == "auto" else 2 * 300 * 64 * 2)
+
+
+@pytest.mark.parametrize("strategy", INDEXES)
+def test_one_more_dimension_grows_too(strategy: str) -> None:
+    keys, queries = states(120)
+    extra = 20 * torch.randn(2, 120)
+    index = make_index(strategy, **EXACT[strategy])
+    index.build(keys[:, :80], queries[:, :, :80], torch.arange(80), extra[:, :80].contiguous())
+    index.insert(keys, queries[:, :, 80:], torch.arange(80, 120), extra)
+    expected = (queries[:, :, 5] @ keys.transpose(1, 2) + extra[:, None]).topk(9).indices
+    assert torch.equal(index.search(queries[:, :, 5], 9).ids.long(), expected)
+
+
+def test_links_change_their_layout_where_ids_outgrow_16_bits() -> None:
+    """The rows of the last layout were full: each gives up a link, and what only that one reached is linked again."""
+    torch.manual_seed(0)
+    n, before = 66_000, 65_500
+    keys, queries = torch.randn(1, n, 8), torch.randn(1, 2, 300, 8)
+    index = AttentionAwareGraphIndex(index_dtype="auto", key_degree=8, key_links=0, q_knn=8, num_entries=8)
+    index.build(keys[:, :before], queries[:, :, :200], None)
+    assert index.links.segments == 1
+    index.insert(keys, queries[:, :, 200:])
+    assert index.links.segments == 2
+    assert PackedLinks.capacity(n, 8) == 7
+    check_structure(index, n, degree=8)
+    assert int(index.adjacency.max()) >= 65_536
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(2, 50, 64),), r"keys: got shape \(2, 50, 64\), allowed: \[2, N, 64\] of all keys, N more than"),
+        ((torch.zeros(2, 60, 32),), r"keys: got shape \(2, 60, 32\)"),
+        ((torch.zeros(2, 60, 64), torch.zeros(2, 3, 4, 32)), r"queries: got shape \(2, 3, 4, 32\)"),
+        ((torch.zeros(2, 60, 64), None, torch.arange(4)), r"positions: got some without queries"),
+        ((torch.zeros(2, 60, 64), torch.zeros(2, 3, 4, 64), torch.arange(3)), r"positions: got shape \(3,\)"),
+        (
+            (torch.zeros(2, 60, 64), torch.zeros(2, 3, 4, 64), torch.arange(40, 44)),
+            r"positions: got 40, allowed: at least 49, all indexed keys seen",
+        ),
+        ((torch.zeros(2, 60, 64), None, None, torch.zeros(2, 60)), r"extra: got one, allowed: one if `build` had one"),
+    ],
+)
+@pytest.mark.parametrize("strategy", INDEXES)
+def test_bad_input_changes_nothing(strategy: str, arguments: tuple[Any, ...], message: str) -> None:
+    keys, queries = states(50)
+    index = make_index(strategy)
+    index.build(keys, queries)
+    before = index.search(queries[:, :, 0], 5)
+    with pytest.raises(ValueError, match=message):
+        index.insert(*arguments)
+    assert torch.equal(index.search(queries[:, :, 0], 5).ids, before.ids)
