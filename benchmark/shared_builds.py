@@ -33,7 +33,8 @@ def shared_builds(names: Sequence[str], settings: RetroInferConfig) -> list[list
 
 
 class PrefilledCaches:
-    """The prompts' states in a cache for every build, made by one prefill.
+    """The prompts' states in a cache for every build, made by one prefill. Generated tokens never enter an index, so
+    that a cache can be rewound, and a variant's answer does not depend on which others it shares one with.
 
     logits [B, V]: of each prompt's last token. build_seconds: of all caches together.
     """
@@ -48,7 +49,8 @@ class PrefilledCaches:
         diagnose: bool = False,
     ) -> None:
         """ids [B, L]: prompts without padding."""
-        self._builds = shared_builds(names, settings)
+        graph = settings.attention_aware_graph.model_copy(update={"insert_batch": 0})
+        self._builds = shared_builds(names, settings.model_copy(update={"attention_aware_graph": graph}))
         batch, length = ids.shape
         self._caches = [
             llm.init_cache(build[0].strategy, build[0].settings, [length] * batch, max_new_length, batch, diagnose)

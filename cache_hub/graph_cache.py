@@ -29,6 +29,7 @@ class AttentionAwareGraphCache(TokenIndexCache):
             min_indexed=self.graph.key_degree,
             estimation=self.graph.estimation,
             estimation_budget=self.graph.estimation_budget,
+            insert_batch=self.graph.insert_batch,
             **options,
         )
 

@@ -38,12 +38,22 @@ class SoftmaxLift:
 
     def build(self, keys: Tensor, queries: Tensor, positions: Tensor | None = None) -> None:
         """As TokenIndex.build for keys [R, N, D] in CPU memory."""
-        rows, tokens, dim = keys.shape
-        generator = torch.Generator().manual_seed(self._seed)
-        log_u = (1 - torch.rand(self._kv_heads, tokens, generator=generator)).log()
-        # Times sqrt(D): the keys' dimension D + 1.
-        self._minus_log_u = (log_u * -(dim**0.5)).repeat(rows // self._kv_heads, 1)
+        self._generator = torch.Generator().manual_seed(self._seed)
+        self._minus_log_u = self._draw(keys.shape[1], keys)
         self.index.build(keys, queries, positions, self._minus_log_u)
+
+    def insert(self, keys: Tensor, queries: Tensor | None = None, positions: Tensor | None = None) -> None:
+        """As TokenIndex.insert for keys [R, N + n, D] in CPU memory."""
+        drawn = self._draw(keys.shape[1] - self._minus_log_u.shape[1], keys)
+        extra = torch.cat((self._minus_log_u, drawn), 1)
+        self.index.insert(keys, queries, positions, extra)
+        self._minus_log_u = extra
+
+    def _draw(self, tokens: int, keys: Tensor) -> Tensor:
+        """-sqrt(D) log u, the dimension D + 1, of as many tokens of keys [R, N, D]: [R, tokens]."""
+        rows, _, dim = keys.shape
+        log_u = (1 - torch.rand(self._kv_heads, tokens, generator=self._generator)).log()
+        return (log_u * -(dim**0.5)).repeat(rows // self._kv_heads, 1)
 
     def search(self, queries: Tensor, k: int) -> tuple[Sample, SearchResult]:
         """The sample for queries [R, g, D], k tokens a query head, and what the index answered, best priority first."""

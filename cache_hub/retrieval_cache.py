@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections import defaultdict
-from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,8 @@ from config import ESTIMATIONS
 
 from .cache import KV_Cache
 from .diagnosis import agreement_with_exact
-from .index import TokenIndex, _native
+from .index import TokenIndex
+from .indexed_sequences import IndexedSequences, LatestQueries, second_moment
 from .lift import SoftmaxLift
 from .static_zone import StaticZone, check_static, sinks_and_window
 from .stats import Agreement, CacheStats
@@ -31,25 +31,17 @@ if TYPE_CHECKING:
 _LATE_QUERIES = 512
 
 
-@dataclass
-class _Indexed:
-    """The index of the sequences of one prefill call, and its sampler where there is one; their rows are
-    sequence-major: [count * Hkv]."""
-
-    start: int
-    count: int
-    index: TokenIndex
-    lift: SoftmaxLift | None
-    query_moment: Tensor  # [count * Hkv, D, D], see CentroidTail.add
-
-
 class TokenIndexCache(KV_Cache):
     """Keys and values of the prompt in CPU memory (pinned beside a GPU), static tokens where the layer computes.
 
-    Static: the first `static_pattern_start` tokens, the last `static_pattern_end` of the prompt and all generated ones.
+    Static: the first `static_pattern_start` tokens, the last `static_pattern_end` of the prompt and generated ones.
     Between them lie the indexed tokens: per query head the index finds top_k, and the g query heads of a kv head attend
     to the union of what they found. A prompt with at most `min_indexed` tokens between is attended in full, which
-    `stats.notes` says. `core`: CPU threads of the index beside a GPU.
+    `stats.notes` says, and so is what follows it. `core`: CPU threads of the index beside a GPU.
+
+    Where `insert_batch` tokens were generated, as many of the oldest behind the sinks leave the static ones for the
+    index (and the clusters of the rest), linked through the queries of the last `insert_batch` steps; a layer does so
+    `insert_batch` / layers steps behind the one before. 0: all generated tokens stay static.
 
     estimation: what stands for the indexed tokens that are not retrieved. "none": nothing. "centroid": the clusters
     that they form (CentroidTail), or the best `estimation_budget` of these. "softmax_lift": the tokens retrieved are a
@@ -67,6 +59,7 @@ class TokenIndexCache(KV_Cache):
         min_indexed: int = 0,
         estimation: str = "none",
         estimation_budget: float = 1.0,
+        insert_batch: int = 512,
         **common: Any,
     ) -> None:
         super().__init__(max_new_length=max_new_length, **common)
@@ -77,12 +70,19 @@ class TokenIndexCache(KV_Cache):
             raise ValueError(f"estimation: got {estimation!r}, allowed: {', '.join(ESTIMATIONS)}")
         if not 0 <= estimation_budget <= 1:
             raise ValueError(f"estimation_budget: got {estimation_budget}, allowed: 0 to 1")
+        if insert_batch < 0:
+            raise ValueError(f"insert_batch: got {insert_batch}, allowed: >= 0")
+        self.insert_batch = insert_batch if insert_batch <= max_new_length else 0
         self.estimation, self.estimation_budget = estimation, estimation_budget
         self.sinks, self.window = static_pattern_start, static_pattern_end
         self.top_k, self.min_indexed = top_k, min_indexed
         # Without a GPU the main thread computes too: torch's own thread count is the right one then.
         self.num_threads = core if self.devices[0].type == "cuda" else None
-        self._groups: list[list[_Indexed]] = [[] for _ in self.devices]
+        self._groups: list[list[IndexedSequences]] = [[] for _ in self.devices]
+        self._latest = [
+            LatestQueries(self.insert_batch, layer * self.insert_batch // self.layer_num)
+            for layer in range(self.layer_num)
+        ]
         self._pending: Tensor | None = None
         self._tails: list[CentroidTail] = []
         self._tail_seconds = 0.0
@@ -98,6 +98,7 @@ class TokenIndexCache(KV_Cache):
             "top_k": settings.attention_aware_graph.top_k,
             "estimation": settings.attention_aware_graph.estimation,
             "estimation_budget": settings.attention_aware_graph.estimation_budget,
+            "insert_batch": settings.attention_aware_graph.insert_batch,
         }
 
     @classmethod
@@ -116,6 +117,10 @@ class TokenIndexCache(KV_Cache):
         self._use_tails()
 
     def rewind(self) -> None:
+        """Raises ValueError where generated tokens are in the index, which does not forget."""
+        inserted = max(latest.batches for latest in self._latest) * self.insert_batch
+        if inserted:
+            raise ValueError(f"rewind: {inserted} generated tokens are indexed, allowed: none, as with insert_batch 0")
         for zone, generated in zip(self._zones, self.generated, strict=True):
             zone.drop_last(generated)
         self.generated = [0] * self.layer_num
@@ -131,16 +136,19 @@ class TokenIndexCache(KV_Cache):
 
     def _allocate(self) -> None:
         prompt = self.max_length - self.max_new_length
-        static = min(self.sinks + self.window + self.min_indexed, prompt) + self.max_new_length
+        batch, new = self.insert_batch, self.max_new_length
+        # A layer whose turn comes last holds nearly two batches.
+        static = min(self.sinks + self.window + self.min_indexed, prompt) + (min(2 * batch, new) if batch else new)
+        length = prompt + (max(new // batch * batch - self.window, 0) if batch else 0)
         rows = (self.batch_size, self.kv_head)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._zones: list[StaticZone] = []
         for device in self.devices:
             pinned = device.type == "cuda"
-            for prompt_store in (self._keys, self._values):
-                store = torch.empty(*rows, prompt, self.head_dim, dtype=self.dtype, pin_memory=pinned)
-                prompt_store.append(store)
+            for stores in (self._keys, self._values):
+                store = torch.empty(*rows, length, self.head_dim, dtype=self.dtype, pin_memory=pinned)
+                stores.append(store)
             self._zones.append(StaticZone(*rows, static, self.head_dim, self.dtype, device))
 
     def indexed_range(self, length: int) -> range:
@@ -176,17 +184,17 @@ class TokenIndexCache(KV_Cache):
         rows = count * self.kv_head
         # [count, L, Hkv * g, D] -> [count * Hkv, g, L, D]
         queries = q.unflatten(2, (self.kv_head, self.group_size)).permute(0, 2, 3, 1, 4)
-        keys = self._keys[layer_idx][start_bdx : start_bdx + count, :, indexed.start : indexed.stop].flatten(0, 1)
         positions = torch.arange(length, device=q.device) - indexed.start
         index = self.new_index()
         lift = SoftmaxLift(index, self.kv_head, seed=layer_idx) if self.estimation == "softmax_lift" else None
+        keys = self._keys[layer_idx][start_bdx : start_bdx + count, :, indexed.start : indexed.stop].flatten(0, 1)
         with self.stats.timed("build"):
             (lift or index).build(keys, queries.reshape(rows, self.group_size, length, self.head_dim), positions)
-            late = queries[..., -_LATE_QUERIES:, :].reshape(rows, -1, self.head_dim).float()
-            query_moment = late.transpose(1, 2) @ late / late.shape[1]
+            query_moment = second_moment(queries[..., -_LATE_QUERIES:, :].reshape(rows, -1, self.head_dim))
         for stage, seconds in index.build_seconds.items():
             self.stats.seconds[stage] += seconds
-        self._groups[layer_idx].append(_Indexed(start_bdx, count, index, lift, query_moment))
+        group = IndexedSequences(start_bdx, count, indexed.start, indexed.stop, index, lift, query_moment)
+        self._groups[layer_idx].append(group)
 
     def prepare_cache(self) -> None:
         """Makes the clusters that stand for the rest, where they do."""
@@ -210,10 +218,8 @@ class TokenIndexCache(KV_Cache):
         how = (self.dtype, self.devices[layer_idx], self.num_threads)
         tail = CentroidTail(self.batch_size, self.kv_head, self.head_dim, *how)
         for group in self._groups[layer_idx]:
-            sequences, length = slice(group.start, group.start + group.count), self.prompt_lengths[group.start]
-            indexed = self.indexed_range(length)
-            tokens = (sequences, slice(None), slice(indexed.start, indexed.stop))
-            tail.add(sequences, self._keys[layer_idx][tokens], self._values[layer_idx][tokens], group.query_moment)
+            keys, values = (group.tokens(stores[layer_idx]) for stores in (self._keys, self._values))
+            tail.add(group.sequences, keys, values, group.query_moment)
         return tail
 
     def decode_update_kv_cache(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
@@ -240,7 +246,27 @@ class TokenIndexCache(KV_Cache):
                 parts += rest
         self._count_tokens(layer_idx)
         with self.stats.timed("attention"):
-            return weighted_decode_attention(query_states, parts)
+            attended = weighted_decode_attention(query_states, parts)
+        if self.insert_batch and self._groups[layer_idx] and self.generated[layer_idx] <= self.max_new_length:
+            with self.stats.timed("insert"):
+                self._grow(query_states, layer_idx)
+        return attended
+
+    def _grow(self, query_states: Tensor, layer_idx: int) -> None:
+        """Keeps the query [B, 1, H, D]; when the layer's turn comes, the oldest batch goes from the static zone into
+        store, index and tail."""
+        batch, step = self.insert_batch, self.generated[layer_idx]
+        queries = self._latest[layer_idx].put(step, query_states)
+        if queries is None:
+            return
+        for group in self._groups[layer_idx]:
+            keys, values = self._zones[layer_idx].take(group.sequences, self.sinks, batch)
+            to = (group.sequences, slice(None), slice(group.stop, group.stop + batch))
+            self._keys[layer_idx][to], self._values[layer_idx][to] = keys, values
+            group.insert(self._keys[layer_idx], batch, queries, self.prompt_lengths[group.start] + step - batch)
+            if self._tails:
+                moment = second_moment(group.by_row(queries, self.kv_head).flatten(1, 2))
+                self._tails[layer_idx].add(group.sequences, keys, values, moment)
 
     def _retrieve(self, query_states: Tensor, layer_idx: int) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """What every group's search found, index ids [R, g, top_k], and the positions to attend to: the union over
@@ -255,16 +281,10 @@ class TokenIndexCache(KV_Cache):
         found, most = [], 0
         for group in self._groups[layer_idx]:
             rows = slice(group.start * self.kv_head, (group.start + group.count) * self.kv_head)
-            sequences = slice(group.start, group.start + group.count)
-            if group.lift is not None and weights is not None:
-                sample, result = group.lift.search(queries[rows], self.top_k)
-                ids[sequences] = torch.where(sample.ids >= 0, sample.ids + self.sinks, -1).view(-1, *shape[1:])
-                weights[sequences] = sample.log_weights.view(-1, *shape[1:])
-                attended, most = int((sample.ids >= 0).sum()), shape[2]
-            else:
-                result = group.index.search(queries[rows], self.top_k)
-                counts = _write_union(result.ids, self.sinks, ids[sequences])
-                attended, most = sum(counts), max(most, *counts)
+            sequences = group.sequences
+            own = weights[sequences] if weights is not None else None
+            result, attended, width = group.retrieve(queries[rows], self.top_k, ids[sequences], own)
+            most = max(most, width)
             found.append(result.ids)
             self.stats.scored += int(result.keys_scored.sum())
             self.stats.attended += attended
@@ -282,11 +302,9 @@ class TokenIndexCache(KV_Cache):
     def _compare(self, query_states: Tensor, found: list[Tensor], layer_idx: int, agreement: Agreement) -> None:
         """Adds recall and attention mass of one step, by an exact scan of every group's keys."""
         for group, found_ids in zip(self._groups[layer_idx], found, strict=True):
-            sequences = slice(group.start, group.start + group.count)
-            length = self.prompt_lengths[group.start]
-            indexed = self.indexed_range(length)
+            sequences = group.sequences
             queries = query_states[sequences].reshape(-1, self.group_size, self.head_dim).cpu()
-            keys = self._keys[layer_idx][sequences, :, indexed.start : indexed.stop].flatten(0, 1)
+            keys = group.tokens(self._keys[layer_idx]).flatten(0, 1)
             zone = self._zones[layer_idx]
             static_keys = zone.keys[sequences, :, : zone.counts[group.start]].flatten(0, 1).cpu()
             tables = agreement_with_exact(queries, keys, static_keys, found_ids.cpu(), self.top_k)
@@ -297,10 +315,3 @@ class TokenIndexCache(KV_Cache):
         indexes = sum((group.lift or group.index).nbytes for groups in self._groups for group in groups)
         tails = self._tails if self.estimation == "centroid" else []
         return indexes + sum(tail.nbytes for tail in tails)
-
-
-def _write_union(found: Tensor, first: int, out: Tensor) -> list[int]:
-    """Writes the different ids of every row of found [R, g, k] int32, plus `first`, into out, contiguous, of R rows of
-    g * k, on the CPU, with -1 pads at the end; how many each row has."""
-    ids = found.cpu().contiguous()
-    return _native.unite(ids.data_ptr(), len(ids), ids[0].numel(), first, out.data_ptr())

@@ -55,6 +55,18 @@ class StaticZone:
         self.counts = [count - tokens for count in self.counts]
         self._lengths -= tokens
 
+    def take(self, sequences: slice, at: int, count: int) -> tuple[Tensor, Tensor]:
+        """Takes the tokens at..at + count - 1 out, of sequences that hold equally many; those behind them move up.
+        Returns copies of their keys and values [b, Hkv, count, D]."""
+        end = self.counts[sequences][0]
+        taken = []
+        for table in (self.keys, self.values):
+            taken.append(table[sequences, :, at : at + count].clone())
+            table[sequences, :, at : end - count] = table[sequences, :, at + count : end].clone()
+        self.counts[sequences] = [end - count] * len(self.counts[sequences])
+        self._lengths[sequences] -= count
+        return taken[0], taken[1]
+
     def part(self) -> WeightedPart:
         """All tokens held, each counted once."""
         return WeightedPart(self.keys, self.values, None, None, self._lengths)

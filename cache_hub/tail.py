@@ -51,9 +51,11 @@ class CentroidTail:
         self.sizes = torch.zeros(batch_size, kv_heads, 0)
         self.assignment = torch.zeros(batch_size, kv_heads, 0, dtype=torch.int32)
         self.clusters = [0] * batch_size
+        self._tokens = [0] * batch_size
 
     def add(self, sequences: slice, keys: Tensor, values: Tensor, query_moment: Tensor) -> None:
-        """Clusters keys and values [b, Hkv, N, D], any device, of sequences that have none yet.
+        """Clusters keys and values [b, Hkv, N, D], any device, of the tokens behind those already clustered, of which
+        the sequences have equally many.
 
         query_moment [b * Hkv, D, D]: the mean of q q^T over queries like those to come; see cluster_keys.
         """
@@ -62,17 +64,19 @@ class CentroidTail:
         number = max(tokens // (TOKENS_PER_CLUSTER * segments), 1) * segments
         there = keys.flatten(0, 1).to(device), values.flatten(0, 1).to(device)
         made = cluster_keys(*there, segments, number, _ITERATIONS, query_moment.to(device))
-        self._reserve(number + 1, tokens)
+        at, first = self.clusters[sequences][0], self._tokens[sequences][0]
+        self._reserve(at + number + 1, first + tokens)
         means = made.value_sums / made.sizes.clamp(min=1)[..., None]
-        for table, made_of in (
-            (self.centroids, made.centroids),
-            (self.value_means, means),
-            (self.sizes, made.sizes),
-            (self.assignment, made.assignment),
+        for table, made_of, begin in (
+            (self.centroids, made.centroids, at),
+            (self.value_means, means, at),
+            (self.sizes, made.sizes, at),
+            (self.assignment, made.assignment + at, first),
         ):
             rows = made_of.unflatten(0, (batch, heads))
-            table[sequences, :, : rows.shape[2]] = rows.to(table.dtype)
-        self.clusters[sequences] = [number] * batch
+            table[sequences, :, begin : begin + rows.shape[2]] = rows.to(table.dtype)
+        self.clusters[sequences] = [at + number] * batch
+        self._tokens[sequences] = [first + tokens] * batch
         self.log_sizes = self.sizes.log().to(device)
 
     def parts(self, query: Tensor, positions: Tensor, values: Tensor, first: int) -> tuple[list[WeightedPart], int]:

@@ -92,6 +92,14 @@ class GraphConfig(Section):
         "thousand keys and more that a search scores",
     )
 
+    insert_batch: int = Field(
+        default=512,
+        ge=0,
+        description="generated tokens that leave the static ones for the index at a time, once as many are there, "
+        "whichever index it is; 0: none does. Larger ones are dearer steps, fewer of them, and more tokens attended to "
+        "exactly, up to twice as many; layers take turns",
+    )
+
     @field_validator("key_links")
     @classmethod
     def _within_degree(cls, key_links: int, info: ValidationInfo) -> int:

@@ -31,6 +31,16 @@ def test_what_retrieves_everything_agrees_and_little_does_less(llm: LLM) -> None
     assert "| full | 100.0 % | 0.0000 | 100.0 % |" in table(all_)
 
 
+def test_caches_that_are_rewound_take_no_generated_token_into_their_index(llm: LLM) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, llm.spec.vocab_size, (1, 200))
+    settings = RetroInferConfig(attention_aware_graph={"top_k": 20, "insert_batch": 4}, static_pattern_end=8)
+    names = ["flat", "attention_aware_graph", "attention_aware_graph+none"]
+    both = compare(llm, ids, ["full", *names], settings, 20)
+    alone = [compare(llm, ids, ["full", name], settings, 20)[name] for name in names]
+    assert [both[name]["kl_nats"] for name in names] == [one["kl_nats"] for one in alone]
+
+
 def test_the_last_token_is_not_decoded_further(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[torch.Tensor] = []
     decode_step = llm.decode_step

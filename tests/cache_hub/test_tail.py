@@ -109,8 +109,8 @@ def test_clusters_of_one_token_are_exact_whatever_is_retrieved() -> None:
 
 
 def test_equal_keys_are_exact_whatever_is_retrieved() -> None:
-    tail, _, values = make((1, 1), 40, 64)
-    keys = torch.randn(64).expand(1, 1, 40, 64)
+    keys, values = torch.randn(64).expand(1, 1, 40, 64), torch.randn(1, 1, 40, 64)
+    tail = CentroidTail(1, 1, 64, torch.float32, torch.device("cpu"))
     tail.add(slice(0, 1), keys, values, moment(1, 64))
     query, ids = torch.randn(1, 1, 3, 64), some_ids((1, 1), 40, 11)
     kept = [token for token in range(40) if token not in set(ids.flatten().tolist())]

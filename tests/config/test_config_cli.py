@@ -49,6 +49,7 @@ def test_every_graph_key_is_a_typed_flag() -> None:
         "knn_backend": "faiss",
         "estimation": "none",
         "num_entries": 5,
+        "insert_batch": 64,
     }
     beyond_flags = {"estimation_budget": 0.5}
     assert values.keys() | beyond_flags.keys() == GraphConfig.model_fields.keys()

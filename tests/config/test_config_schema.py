@@ -30,6 +30,7 @@ GRAPH_DEFAULTS = {
     "estimation": "centroid",
     "estimation_budget": 1.0,
     "num_entries": 64,
+    "insert_batch": 512,
 }
 
 
@@ -66,6 +67,7 @@ def test_every_key_is_described() -> None:
         ("top_k", 0, ">= 1"),
         ("graph_build_batch", 0, ">= 1"),
         ("num_entries", 0, ">= 1"),
+        ("insert_batch", -1, ">= 0"),
         ("index_dtype", "int8", "'auto', 'float32', 'float16', 'bfloat16'"),
         ("knn_backend", "cuvs", "'auto', 'faiss', 'triton', 'torch'"),
         ("estimation", "clusters", "'none', 'centroid', 'softmax_lift'"),

@@ -72,6 +72,17 @@ def test_unequal_prompts_give_the_tokens_of_each_alone(tiny):
     assert together == alone
 
 
+@pytest.mark.parametrize("estimation", ["none", "centroid", "softmax_lift"])
+def test_greedy_tokens_while_generated_ones_enter_the_index(estimation, tiny):
+    ids, mask = left_padded([150, 41], tiny.spec.vocab_size)
+    graph = {"top_k": 210, "insert_batch": 8, "estimation": estimation, "index_dtype": "auto"}
+    overrides = {f"attention_aware_graph.{key}": value for key, value in graph.items()}
+    config = generate_config("tiny", 210, "RetroInfer", overrides={"static_pattern_end": 16, **overrides})
+    expected = generate(tiny, ids, mask, 60)
+    assert tiny.generate("RetroInfer", ids, mask, 60, config) == expected
+    assert tiny.cache.stats.seconds["insert"] > 0
+
+
 @pytest.mark.parametrize("prefill_bsz", [1, 2, 8])
 def test_prefill_groups_do_not_change_the_tokens(prefill_bsz, tiny):
     ids, _ = left_padded([50] * 5, tiny.spec.vocab_size)
