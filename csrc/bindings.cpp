@@ -105,10 +105,11 @@ PYBIND11_MODULE(_native, m) {
         "insert",
         [](const KeyStore& keys, int64_t before, uintptr_t queries, uintptr_t visible, int64_t group, int64_t count,
            uintptr_t lists, uintptr_t list_scores, int64_t list_width, uintptr_t near, int64_t near_width, uintptr_t mean,
-           int64_t degree, int64_t query_links, int64_t num_entries, int num_threads, uintptr_t adjacency,
-           uintptr_t entries) {
+           int64_t degree, int64_t query_links, int64_t num_entries, int num_threads, uintptr_t links, int64_t slots,
+           int64_t segments, uintptr_t entries) {
             py::gil_scoped_release release;
             const int64_t lists_per_head = group * count;
+            const Links all{at<const void>(links), slots, segments};
             std::vector<HeadGrowth> heads;
             for (int64_t h = 0; h < keys.heads; ++h) {
                 const Rows rows = keys.head(h);
@@ -118,7 +119,7 @@ PYBIND11_MODULE(_native, m) {
                                  at<int32_t>(lists) + first * list_width, at<float>(list_scores) + first * list_width,
                                  {at<const int32_t>(near) + h * (keys.n - before) * near_width, keys.n - before, near_width},
                                  at<const float>(mean) + h * rows.width(),
-                                 at<int32_t>(adjacency) + h * keys.n * degree,
+                                 {all.row(h * keys.n), slots, segments},
                                  at<int32_t>(entries) + h * num_entries});
             }
             return insert_keys(heads, {degree, query_links, num_entries, count}, group, list_width,

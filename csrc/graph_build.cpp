@@ -91,7 +91,7 @@ class HeadBuild {
             const int32_t* list = in_.query_lists.row(by_pivot_.members[i]);
             for (int64_t j = 1; j < in_.query_lists.width && list[j] >= 0; ++j) s.add(list[j]);
         }
-        prune_fill(in_.keys, static_cast<int32_t>(x), width_, s, &forward_[x * width_]);
+        prune_fill(in_.keys, static_cast<int32_t>(x), width_, s, forward_.data() + x * width_);
     }
     void reverse() { reverse_ = reverse_links(forward_, n_, width_); }
     // Links and reverse links of a key, pruned again, then the nearest keys up to the degree.

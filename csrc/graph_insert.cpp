@@ -36,7 +36,7 @@ class Members {
 struct Scratch {
     PruneScratch prune;
     std::vector<Neighbour> near;
-    std::vector<int32_t> ids;
+    std::vector<int32_t> ids, out;
     std::vector<float> scores, centre, row;
 };
 
@@ -104,7 +104,7 @@ class HeadInsert {
             const int32_t* list = in_.lists + i * list_width_;
             for (int64_t j = 1; j < list_width_ && list[j] >= 0; ++j) s.prune.add(list[j]);
         });
-        prune_fill(in_.keys, pivots_[at], options_.query_links, s.prune, &forward_[at * options_.query_links]);
+        prune_fill(in_.keys, pivots_[at], options_.query_links, s.prune, forward_.data() + at * options_.query_links);
     }
     // Who gets links: by queries in both directions, by nearness the old ones that new keys are near to.
     void reverse() {
@@ -125,11 +125,12 @@ class HeadInsert {
     }
     void link(int64_t at, Scratch& s) {
         const int32_t y = affected_[at];
-        int32_t* out = in_.adjacency + y * options_.degree;
+        s.out.resize(options_.degree);
+        int32_t* out = s.out.data();
         s.prune.begin(y, in_.keys.n);
         by_query_.each(y, [&](int32_t x) { s.prune.add(x); });
         if (y < in_.before)
-            reconsider(y, out, s);
+            reconsider(y, s);
         else
             s.ids.assign(near_.data() + (y - in_.before) * near_width_, near_.data() + (y - in_.before + 1) * near_width_);
         prune_fill(in_.keys, y, options_.query_links, s.prune, out);
@@ -137,9 +138,18 @@ class HeadInsert {
         for (size_t j = 0; j < s.ids.size() && s.ids[j] >= 0 && filled < options_.degree; ++j)
             if (std::find(out, out + filled, s.ids[j]) == out + filled) out[filled++] = s.ids[j];
         std::fill(out + filled, out + options_.degree, -1);
+        write_row(in_.links, y, out, options_.degree);
     }
+    // Hardly ever is a key cut off: only then all links are unpacked.
     int64_t repair() {
-        return Reachability(in_.adjacency, in_.keys.n, options_.degree).repair(in_.entries, options_.num_entries);
+        if (all_reachable()) return 0;
+        const int64_t n = in_.keys.n, degree = options_.degree;
+        std::vector<int32_t> adjacency(n * degree, -1);
+        for (int64_t i = 0; i < n; ++i)
+            in_.links.each(i, [to = adjacency.data() + i * degree](int32_t id) mutable { *to++ = id; });
+        const int64_t repaired = Reachability(adjacency.data(), n, degree).repair(in_.entries, options_.num_entries);
+        for (int64_t i = 0; i < n; ++i) write_row(in_.links, i, adjacency.data() + i * degree, degree);
+        return repaired;
     }
 
    private:
@@ -155,7 +165,7 @@ class HeadInsert {
     }
     // An old key's links have no kind. The nearest of them are its key links, as in the build, where these were the
     // nearest of all; the others compete with what queries propose. s.ids: all, and new keys near to it, nearest first.
-    void reconsider(int32_t y, const int32_t* links, Scratch& s) {
+    void reconsider(int32_t y, Scratch& s) {
         s.near.clear();
         s.centre.resize(width_);
         s.row.resize(width_);
@@ -164,13 +174,23 @@ class HeadInsert {
             direction(id, s.row.data());
             s.near.push_back({dot(s.centre.data(), s.row.data(), width_), id});
         };
-        for (int64_t j = 0; j < options_.degree && links[j] >= 0; ++j) consider(links[j]);
+        in_.links.each(y, consider);
         std::sort(s.near.begin(), s.near.end(), nearer);
         for (size_t j = key_links_; j < s.near.size(); ++j) s.prune.add(s.near[j].id);
         by_nearness_.each(y, consider);
         std::sort(s.near.begin(), s.near.end(), nearer);
         s.ids.clear();
         for (const Neighbour& one : s.near) s.ids.push_back(one.id);
+    }
+    bool all_reachable() const {
+        std::vector<uint8_t> met(in_.keys.n, 0);
+        std::vector<int32_t> queue;
+        const auto meet = [&](int32_t id) {
+            if (!met[id]) met[id] = 1, queue.push_back(id);
+        };
+        std::for_each(in_.entries, std::find(in_.entries, in_.entries + options_.num_entries, -1), meet);
+        for (size_t head = 0; head < queue.size(); ++head) in_.links.each(queue[head], meet);
+        return static_cast<int64_t>(queue.size()) == in_.keys.n;
     }
     // The first half stays; the other one is what the last queries rank first, then what it was.
     void choose_entries() {

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "graph.h"
+#include "links.h"
 
 namespace rag {
 
@@ -16,7 +17,7 @@ struct HeadGrowth {
     float* list_scores;    // likewise, -inf pads
     Lists near;            // [keys.n - before, width]: old keys among which the nearest of each new key are looked for
     const float* mean;     // [keys.width()], of the keys
-    int32_t* adjacency;    // [keys.n, degree], -1 pads at the end: rows of the new keys are written, of others some changed
+    Links links;           // of all keys, of which the new ones' rows are written and some others' changed
     int32_t* entries;      // [num_entries], -1 pads at the end
 };
 

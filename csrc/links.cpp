@@ -20,6 +20,14 @@ void pack_links(const int32_t* ids, int64_t rows, int64_t width, int64_t segment
     }
 }
 
+void write_row(const Links& links, int64_t i, const int32_t* ids, int64_t width) {
+    char* row = const_cast<char*>(links.row(i));
+    if (links.segments)
+        pack_links(ids, 1, width, links.segments, links.slots, reinterpret_cast<uint16_t*>(row));
+    else
+        std::fill(std::copy_n(ids, width, reinterpret_cast<int32_t*>(row)), reinterpret_cast<int32_t*>(row) + links.slots, -1);
+}
+
 void unpack_links(const Links& links, int64_t rows, int32_t* out) {
     for (int64_t i = 0; i < rows; ++i, out += links.slots) {
         int32_t* to = out;

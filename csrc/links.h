@@ -43,6 +43,9 @@ struct Links {
 // From 2 on, width is at most 255 and slots less the places of the counts.
 void pack_links(const int32_t* ids, int64_t rows, int64_t width, int64_t segments, int64_t slots, uint16_t* out);
 
+// Writes row i of links of any layout: at most `width` int32 ids, -1 pads at the end.
+void write_row(const Links& links, int64_t i, const int32_t* ids, int64_t width);
+
 // The other way: links of any layout as int32 [rows, links.slots], -1 pads at the end.
 void unpack_links(const Links& links, int64_t rows, int32_t* out);
 

@@ -55,7 +55,9 @@ def insert(
     query_links: int,
     num_entries: int,
     num_threads: int,
-    adjacency: int,
+    links: int,
+    slots: int,
+    segments: int,
     entries: int,
 ) -> int: ...
 def extend(

@@ -139,8 +139,8 @@ class AttentionAwareGraphIndex(TokenIndex):
             lists, scores = found.ids.view(rows, group, m, o.q_knn), found.scores
         visible = torch.full(lists.shape[2:3], n) if positions is None else (positions.cpu() + 1).clamp(max=n)
 
-        links = self.links.unpack_for(n)
-        degree = links.shape[2]
+        links = self.links.grown(n)
+        degree = PackedLinks.capacity(n, links.slots)
         entries = self.entries.clone()
         self.repaired_keys = _native.insert(
             store,
@@ -159,13 +159,15 @@ class AttentionAwareGraphIndex(TokenIndex):
             min(query_links, degree),
             o.num_entries,
             self.num_threads,
-            links.data_ptr(),
+            links.data.data_ptr(),
+            links.slots,
+            links.segments,
             entries.data_ptr(),
         )
         self.keys = torch.cat((self.keys, keys[:, before:].to(self.keys.dtype)), 1) if self._copied else keys
         self.extra, self.entries, self._key_sums = extra, entries, sums
         self._store = as_key_store(self.keys, extra)
-        self.links = PackedLinks.pack(links, self.links.slots)
+        self.links = links
 
     def _grown_sums(self, keys: Tensor, extra: Tensor | None) -> Tensor:
         """Sums [R, D] float32 of all keys, or [R, D + 1]; they are kept, so that old keys are read once."""

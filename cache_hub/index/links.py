@@ -37,21 +37,27 @@ class PackedLinks:
     def pack(cls, links: Tensor, slots: int) -> PackedLinks:
         """From links [R, N, capacity] int32 on the CPU, contiguous, -1 pads at the end; kept as they are where nothing
         is to be gained."""
-        rows, keys, width = links.shape
-        segments = _segments(keys, slots)
+        segments = _segments(links.shape[1], slots)
+        return cls(cls._laid_out(links, slots, segments), segments)
+
+    @staticmethod
+    def _laid_out(links: Tensor, slots: int, segments: int) -> Tensor:
         if segments == 0:
-            return cls(links, 0)
+            return links
+        rows, keys, width = links.shape
         data = torch.empty(rows, keys, slots, dtype=torch.uint16)
         _native.pack_links(links.data_ptr(), rows * keys, width, segments, slots, data.data_ptr())
-        return cls(data, segments)
+        return data
 
-    def unpack_for(self, keys: int) -> Tensor:
-        """Links as `pack` takes them for a larger number of keys, [R, keys, capacity] int32, new rows uninitialised. A
-        row that has more links than then fit loses its last."""
-        rows, old, slots = self.data.shape
-        links = torch.empty(rows, keys, self.capacity(keys, slots), dtype=torch.int32)
-        links[:, :old] = self.unpack()[..., : links.shape[2]]
-        return links
+    def grown(self, keys: int) -> PackedLinks:
+        """A copy with rows for `keys` of them, of which the new ones are not written. Where that changes the layout, a
+        row with more links than then fit loses its last."""
+        rows, before, slots = self.data.shape
+        data, segments = self.data, _segments(keys, slots)
+        if segments != self.segments:
+            links = self.unpack()[..., : self.capacity(keys, slots)].contiguous()
+            data = self._laid_out(links, slots, segments)
+        return PackedLinks(torch.cat((data, data.new_empty(rows, keys - before, slots)), 1), segments)
 
     def unpack(self) -> Tensor:
         """[R, N, slots] int32 with -1 pads at the end; from 2 segments on in the order of the segments."""
