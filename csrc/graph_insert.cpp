@@ -12,6 +12,8 @@ namespace {
 
 constexpr int64_t kQueriesPerTask = 64;
 constexpr int64_t kKeysPerTask = 16;
+// By which cosines may fail to descend: the mean key was another one when they were sorted.
+constexpr float kTolerance = 0.02f;
 
 // Members by key, in order.
 class Members {
@@ -39,6 +41,8 @@ struct Scratch {
     std::vector<int32_t> ids, out;
     std::vector<float> scores, centre, row;
 };
+
+bool further(const Neighbour& a, const Neighbour& b) { return nearer(b, a); }
 
 void sort_unique(std::vector<int32_t>& ids) {
     std::sort(ids.begin(), ids.end());
@@ -163,8 +167,8 @@ class HeadInsert {
         const float scale = 1.f / std::max(std::sqrt(dot(out, out, width_)), 1e-12f);
         for (int64_t d = 0; d < width_; ++d) out[d] *= scale;
     }
-    // An old key's links have no kind. The nearest of them are its key links, as in the build, where these were the
-    // nearest of all; the others compete with what queries propose. s.ids: all, and new keys near to it, nearest first.
+    // An old key's own query links compete with what queries propose. s.ids: all its links, and new keys that are near
+    // to it, nearest first.
     void reconsider(int32_t y, Scratch& s) {
         s.near.clear();
         s.centre.resize(width_);
@@ -175,12 +179,23 @@ class HeadInsert {
             s.near.push_back({dot(s.centre.data(), s.row.data(), width_), id});
         };
         in_.links.each(y, consider);
-        std::sort(s.near.begin(), s.near.end(), nearer);
-        for (size_t j = key_links_; j < s.near.size(); ++j) s.prune.add(s.near[j].id);
+        if (in_.links.segments > 1) std::stable_sort(s.near.begin(), s.near.end(), further);
+        const int64_t count = query_links_of(s.near);
+        for (int64_t j = 0; j < count; ++j) s.prune.add(s.near[j].id);
         by_nearness_.each(y, consider);
         std::sort(s.near.begin(), s.near.end(), nearer);
         s.ids.clear();
         for (const Neighbour& one : s.near) s.ids.push_back(one.id);
+    }
+    // Links have no kind, but an order: query links, then key links, nearest first. The latter are the end of the row, as
+    // far as it descends. Where the layout has lost the order (and they were sorted, furthest first), they are taken to be
+    // the nearest key_links_, as many as a key has at least.
+    int64_t query_links_of(const std::vector<Neighbour>& row) const {
+        auto count = static_cast<int64_t>(row.size());
+        if (in_.links.segments > 1 || !key_links_) return std::max<int64_t>(count - key_links_, 0);
+        for (count = std::max<int64_t>(count - 1, 0); count > 0; --count)
+            if (row[count - 1].score < row[count].score - kTolerance) break;
+        return std::min(count, options_.query_links);
     }
     bool all_reachable() const {
         std::vector<uint8_t> met(in_.keys.n, 0);
