@@ -7,6 +7,7 @@ import torch
 from graph_checks import check_structure
 
 from cache_hub.index import INDEXES, AttentionAwareGraphIndex, FlatIndex, TokenIndex, make_index
+from cache_hub.index.key_store import as_key_store
 from cache_hub.index.links import PackedLinks
 
 EXACT: dict[str, dict[str, Any]] = {
@@ -166,6 +167,25 @@ def test_links_change_their_layout_where_ids_outgrow_16_bits() -> None:
     assert PackedLinks.capacity(n, 8) == 7
     check_structure(index, n, degree=8)
     assert int(index.adjacency.max()) >= 65_536
+
+
+@pytest.mark.parametrize(("degree", "segments"), [(8, 2), (3, 0)])
+def test_key_links_in_layouts_that_lose_their_order(degree: int, segments: int) -> None:
+    """Old keys link to those at fixed distances: making their graph would take too long."""
+    before, n = 70_000, 70_063
+    keys, queries = states(n, dim=8, rows=1)
+    index = AttentionAwareGraphIndex(key_degree=degree, key_links=degree // 2, num_entries=4, index_dtype="auto")
+    index.build(keys[:, :9], queries[:, :, :9])
+    distances = torch.tensor([1, 7, 50, 300, 2000, 9000, 40_000])[: PackedLinks.capacity(before, degree)]
+    links = ((torch.arange(before)[:, None] + distances) % before)[None].int()
+    index.keys, index.links = keys[:, :before], PackedLinks.pack(links.contiguous(), degree)
+    index._store = as_key_store(index.keys)
+    index.insert(keys, queries[:, :, before:], torch.arange(before, n))
+    assert index.links.segments == segments
+    check_structure(index, n, degree)
+    found = index.adjacency[0]
+    assert bool((found[before:] >= 0).any(1).all()), "new keys have links"
+    assert bool((found[:before] >= before).any()), "and old ones to them"
 
 
 @pytest.mark.parametrize(
