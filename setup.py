@@ -9,6 +9,7 @@ setup(
             "cache_hub.index._native",
             sources=[
                 "csrc/bindings.cpp",
+                "csrc/co_occurrence.cpp",
                 "csrc/graph_build.cpp",
                 "csrc/graph_search.cpp",
                 "csrc/links.cpp",
@@ -16,6 +17,7 @@ setup(
                 "csrc/tail.cpp",
             ],
             depends=[
+                "csrc/co_occurrence.h",
                 "csrc/graph.h",
                 "csrc/graph_search.h",
                 "csrc/links.h",

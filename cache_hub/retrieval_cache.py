@@ -18,6 +18,7 @@ from config import ESTIMATIONS
 from .cache import KV_Cache
 from .diagnosis import agreement_with_exact
 from .index import TokenIndex, _native
+from .index.metric import LATE_QUERIES, query_moment
 from .lift import SoftmaxLift
 from .static_zone import StaticZone, check_static, sinks_and_window
 from .stats import Agreement, CacheStats
@@ -25,10 +26,6 @@ from .tail import CentroidTail
 
 if TYPE_CHECKING:
     from config import RetroInferConfig
-
-
-# Last prompt queries of each head that stand for the decode queries in the clusters' metric.
-_LATE_QUERIES = 512
 
 
 @dataclass
@@ -182,11 +179,10 @@ class TokenIndexCache(KV_Cache):
         lift = SoftmaxLift(index, self.kv_head, seed=layer_idx) if self.estimation == "softmax_lift" else None
         with self.stats.timed("build"):
             (lift or index).build(keys, queries.reshape(rows, self.group_size, length, self.head_dim), positions)
-            late = queries[..., -_LATE_QUERIES:, :].reshape(rows, -1, self.head_dim).float()
-            query_moment = late.transpose(1, 2) @ late / late.shape[1]
+            moment = query_moment(queries[..., -LATE_QUERIES:, :].flatten(0, 1))
         for stage, seconds in index.build_seconds.items():
             self.stats.seconds[stage] += seconds
-        self._groups[layer_idx].append(_Indexed(start_bdx, count, index, lift, query_moment))
+        self._groups[layer_idx].append(_Indexed(start_bdx, count, index, lift, moment))
 
     def prepare_cache(self) -> None:
         """Makes the clusters that stand for the rest, where they do."""

@@ -38,10 +38,21 @@ class GraphConfig(Section):
         "eighth of a key's bfloat16 KV at head dimension 128; above 65,535 keys some places tell the ids' upper halves",
     )
     key_links: int = Field(
-        default=16,
+        default=24,
         ge=0,
         description="links of key_degree that go to the nearest keys by mean-centred cosine; 0 is RetrievalAttention's "
-        "recipe, which leaves keys unreachable. Half was the even choice over concentrated and diffuse heads",
+        "recipe, which leaves keys unreachable. With 24, recall at equal keys scored was as with 16, or better",
+    )
+    projection: Literal["auto", "co_occurrence", "roargraph"] = Field(
+        default="auto",
+        description="how the lists of queries make the other links. co_occurrence: to the keys that stand nearest in the "
+        "latest lists that name a key. roargraph: RetrievalAttention's, the lists of one pivot pruned by occlusion. "
+        "auto is roargraph where key_links is 0, the paper's recipe, and co_occurrence else, which scores fewer keys",
+    )
+    key_metric: Literal["attention", "cosine"] = Field(
+        default="attention",
+        description="space of the key links' cosine. attention: keys times the square root of E[q q^T] over the prompt's "
+        "last queries, in which distances are those of logits; cosine: keys as they are",
     )
     ef_search: int = Field(
         default=160,

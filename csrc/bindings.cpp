@@ -69,8 +69,8 @@ PYBIND11_MODULE(_native, m) {
     m.def(
         "build",
         [](const KeyStore& keys, uintptr_t query_lists, int64_t group, int64_t queries, int64_t list_width,
-           uintptr_t key_lists, int64_t key_list_width, int64_t degree, int64_t query_links, int64_t num_entries, int num_threads,
-           uintptr_t adjacency, uintptr_t entries) {
+           uintptr_t key_lists, int64_t key_list_width, int64_t degree, int64_t query_links, bool co_occurrence,
+           int64_t num_entries, int num_threads, uintptr_t adjacency, uintptr_t entries) {
             py::gil_scoped_release release;
             const int64_t lists_per_head = group * queries;
             std::vector<HeadInput> heads;
@@ -80,7 +80,7 @@ PYBIND11_MODULE(_native, m) {
                                  {at<const int32_t>(key_lists) + h * keys.n * key_list_width, keys.n, key_list_width},
                                  at<int32_t>(adjacency) + h * keys.n * degree,
                                  at<int32_t>(entries) + h * num_entries});
-            return build_graphs(heads, {degree, query_links, num_entries, queries}, *threads(num_threads));
+            return build_graphs(heads, {degree, query_links, num_entries, queries, co_occurrence}, *threads(num_threads));
         },
         "Builds the graph of every kv head; returns how many keys had to be linked to become reachable.");
 
@@ -96,7 +96,7 @@ PYBIND11_MODULE(_native, m) {
                                   {},
                                   at<int32_t>(adjacency) + h * n * degree,
                                   at<int32_t>(entries) + h * num_entries});
-            return repair_graphs(inputs, {degree, 0, num_entries, queries}, *threads(num_threads));
+            return repair_graphs(inputs, {degree, 0, num_entries, queries, false}, *threads(num_threads));
         },
         "Entries and reachability of graphs whose links are there already; returns as build does.");
 

@@ -21,6 +21,7 @@ def build(
     key_list_width: int,
     degree: int,
     query_links: int,
+    co_occurrence: bool,
     num_entries: int,
     num_threads: int,
     adjacency: int,

@@ -15,13 +15,17 @@ from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_se
 from .key_store import as_key_store
 from .knn import causal_knn, key_knn
 from .links import PackedLinks
+from .metric import LATE_QUERIES, query_moment, square_root
+
+# Of the key links' metric: keys that other queries tell apart stay apart.
+_RIDGE = 0.3
 
 
 class AttentionAwareGraphIndex(TokenIndex):
     """One graph per kv head, built from the exact causal neighbour lists of all its query heads.
 
-    A key's links: up to key_degree - key_links projected from queries (keys that the same queries want), the rest the
-    nearest keys by mean-centred cosine. The graph holds ids; search reads the KV store, or one compact copy where
+    A key's links: up to key_degree - key_links made from queries (keys that the same queries want), the rest the nearest
+    keys by mean-centred cosine in the metric of attention (metric.py). The graph holds ids; search reads the KV store, or one compact copy where
     index_dtype differs from the store's dtype. Options are those of config.GraphConfig.
 
     After build: links (PackedLinks: 2 bytes for each of key_degree places), entries [R, num_entries] int32 (-1 pads),
@@ -46,7 +50,7 @@ class AttentionAwareGraphIndex(TokenIndex):
         by_query = causal_knn(keys_there, queries, positions, o.q_knn, *how, extra=extra)
         clock.stage("query_key_knn")
         wanted = o.key_degree if o.key_links else 0
-        by_key = key_knn(keys_there, wanted, *how, extra=extra)
+        by_key = key_knn(keys_there, wanted, *how, extra=extra, root=self._root(queries, extra is not None))
         clock.stage("key_key_knn")
 
         dtype = keys.dtype if o.index_dtype == "auto" else getattr(torch, o.index_dtype)
@@ -79,6 +83,7 @@ class AttentionAwareGraphIndex(TokenIndex):
             by_key.shape[2],
             degree,
             min(o.key_degree - o.key_links, degree),
+            self._by_co_occurrence,
             o.num_entries,
             self.num_threads,
             links.data_ptr(),
@@ -86,13 +91,27 @@ class AttentionAwareGraphIndex(TokenIndex):
         )
         return links
 
+    @property
+    def _by_co_occurrence(self) -> bool:
+        """Whether that is how query lists make links; "auto" is RoarGraph's projection for the paper's recipe alone."""
+        o = self.options
+        return o.projection == "co_occurrence" or (o.projection == "auto" and o.key_links > 0)
+
+    def _root(self, queries: Tensor, lifted: bool) -> Tensor | None:
+        """Of key_knn for queries [R, g, M, D]; None for the plain cosine."""
+        if self.options.key_metric == "cosine" or not self.options.key_links:
+            return None
+        late = queries[:, :, -LATE_QUERIES:]
+        return square_root(query_moment(lift(late, 1.0) if lifted else late).cpu(), _RIDGE)
+
     def _build_on_gpu(self, keys: Tensor, by_query: Tensor, by_key: Tensor, degree: int) -> Tensor:
         from .projection import project  # Triton only where it is used
 
         o = self.options
         rows, n, _ = keys.shape
         group, m = by_query.shape[1:3]
-        links = project(keys, by_query, by_key, degree, min(o.key_degree - o.key_links, degree)).cpu()
+        query_links = min(o.key_degree - o.key_links, degree)
+        links = project(keys, by_query, by_key, degree, query_links, self._by_co_occurrence).cpu()
         pivots = by_query[..., 0].cpu().contiguous()
         self.repaired_keys = _native.repair(
             pivots.data_ptr(),

@@ -42,6 +42,8 @@ def test_every_graph_key_is_a_typed_flag() -> None:
         "q_knn": 20,
         "key_degree": 24,
         "key_links": 8,
+        "projection": "roargraph",
+        "key_metric": "cosine",
         "ef_search": 99,
         "top_k": 50,
         "index_dtype": "float32",

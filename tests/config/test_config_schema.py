@@ -21,7 +21,9 @@ from config import (
 GRAPH_DEFAULTS = {
     "q_knn": 32,
     "key_degree": 32,
-    "key_links": 16,
+    "key_links": 24,
+    "projection": "auto",
+    "key_metric": "attention",
     "ef_search": 160,
     "top_k": 100,
     "index_dtype": "bfloat16",
@@ -89,7 +91,7 @@ def test_graph_value_at_the_edge_is_accepted(key: str, value: Any) -> None:
 
 
 def test_default_key_links_above_a_smaller_degree() -> None:
-    assert error_of(GraphConfig, key_degree=8) == "key_links: got 16, allowed: 0 to 8 (key_degree)"
+    assert error_of(GraphConfig, key_degree=8) == "key_links: got 24, allowed: 0 to 8 (key_degree)"
 
 
 @pytest.mark.parametrize(
