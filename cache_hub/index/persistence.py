@@ -52,20 +52,32 @@ def load_index(
         raise ValueError(f"{path}: got {form} version {version}, allowed: {_FORMAT} version {_VERSION}")
     if description.get("strategy") != kind.strategy:
         raise ValueError(f"{path}: got an index of {description.get('strategy')}, allowed: {kind.strategy}")
-    options = {**description["options"], **given}
-    for name, value in description["options"].items():
-        if name not in kind.search_options and options[name] != value:
-            raise ValueError(f"{name}: got {options[name]!r}, allowed: {value!r}, with which {path} was built")
     make: Any = kind
+    options = _joined(path, kind, make().all_options(), description.get("options"), given)
     index: TokenIndex = make(num_threads=num_threads, **options)
-    there = describe_keys(keys, extra)
-    if there != description["keys"]:
-        raise ValueError(f"keys: got {there}, allowed: those that {path} was built for, {description['keys']}")
+    there, built_for = describe_keys(keys, extra), description.get("keys")
+    if there != built_for:
+        raise ValueError(f"keys: got {there}, allowed: those that {path} was built for, {built_for}")
     try:
         index.restore(tensors, keys, extra)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return index
+
+
+def _joined(
+    path: str | Path, kind: type[TokenIndex], known: dict[str, Any], saved: Any, given: dict[str, Any]
+) -> dict[str, Any]:
+    """A file's options, those given in their place. ValueError for unknown ones, and for another build."""
+    of_build = known.keys() - kind.search_options
+    if not isinstance(saved, dict) or not of_build <= saved.keys() <= known.keys():
+        raise ValueError(f"{path}: got the options {saved}, allowed: {', '.join(known) or 'none'}")
+    if not given.keys() <= known.keys():
+        raise ValueError(f"options: got {', '.join(given)}, allowed: {', '.join(known) or 'none'}")
+    for name in sorted(of_build & given.keys()):
+        if given[name] != saved[name]:
+            raise ValueError(f"{name}: got {given[name]!r}, allowed: {saved[name]!r}, with which {path} was built")
+    return {**saved, **given}
 
 
 def describe_keys(keys: Tensor, extra: Tensor | None) -> dict[str, Any]:
