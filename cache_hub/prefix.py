@@ -111,7 +111,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise FileNotFoundError(f"prefix folder: got {folder}, which has no {_MANIFEST}, allowed: a saved prefix")
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: got no JSON ({error}), allowed: the manifest of a saved prefix") from None
     form, version = (content.get(key) for key in ("format", "version")) if isinstance(content, dict) else (None, None)
     if form != FORMAT or version != VERSION:

@@ -138,8 +138,10 @@ class Prefix:
 
         Raises ValueError for bad input, and where question and answer exceed the room.
         """
-        (length,) = valid_lengths(question_ids, None, self.llm.spec.vocab_size)
-        room = self.cache.max_new_length
+        lengths = valid_lengths(question_ids, None, self.llm.spec.vocab_size)
+        if len(lengths) != 1:
+            raise ValueError(f"question_ids: got {len(lengths)} questions, allowed: 1 at a time")
+        length, room = lengths[0], self.cache.max_new_length
         if max_new_length < 1 or length + max_new_length > room:
             raise ValueError(
                 f"max_new_length: got {max_new_length} behind a question of {length} tokens, allowed: at least 1, and "
@@ -195,7 +197,7 @@ def check_use(
 
 def model_facts(spec: ModelSpec) -> dict[str, Any]:
     """What of a model's configuration a cache depends on, as JSON holds it."""
-    facts = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    facts = {field.name: getattr(spec, field.name) for field in fields(spec) if field.name != "window"}
     return {**facts, "frequencies": spec.frequencies.double().tolist()}
 
 

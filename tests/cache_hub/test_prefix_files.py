@@ -70,6 +70,21 @@ def test_decoding_goes_on_bit_for_bit(strategy: str, estimation: str, tmp_path: 
     assert again.stats.attended == cache.stats.attended
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("estimation", ESTIMATIONS)
+@pytest.mark.parametrize("strategy", SAVED)
+def test_beside_a_gpu_what_it_reads_is_pinned(strategy: str, estimation: str, tmp_path: Path) -> None:
+    run = Run([TOKENS], dim=64, device="cuda")
+    cache = make_cache(strategy, settings(strategy, estimation), **run.common())
+    run.prefill(cache)
+    write_prefix(tmp_path / "prefix", cache, {}, manifest(strategy))
+    again: Any = loaded(tmp_path / "prefix", run, strategy, estimation)
+    assert torch.allclose(run.decode(again), run.decode(cache), rtol=1e-4, atol=1e-5)
+    if strategy != "full":
+        assert all(store.is_pinned() for store in (*again._keys, *again._values))
+
+
 def test_keys_and_values_stay_in_the_files(saved: Any) -> None:
     run, _, folder = saved
     cache: Any = loaded(folder, run, "attention_aware_graph")
