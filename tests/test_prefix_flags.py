@@ -12,7 +12,7 @@ from benchmark.needle import needle_prompt, question_frame
 
 
 def run(*argv: str) -> dict[str, Any]:
-    outcome = simple_test.run(simple_test.parse_args(["--context_len", "220", "--gen_len", "6", *argv]))
+    outcome = simple_test.run(simple_test.parse_args(["--context_len", "260", "--gen_len", "8", *argv]))
     (result,) = outcome["results"].values()
     return result | {"config": outcome["config"]}
 
