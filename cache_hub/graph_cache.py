@@ -36,6 +36,11 @@ class AttentionAwareGraphCache(TokenIndexCache):
     def options(cls, settings: RetroInferConfig) -> dict[str, Any]:
         return {**super().options(settings), **settings.attention_aware_graph.model_dump()}
 
+    @classmethod
+    def built_settings(cls, settings: RetroInferConfig) -> dict[str, Any]:
+        graph = settings.attention_aware_graph.model_dump(exclude=set(AttentionAwareGraphIndex.search_options))
+        return super().built_settings(settings) | graph
+
     def new_index(self) -> TokenIndex:
         return make_index("attention_aware_graph", num_threads=self.num_threads, **self.graph.model_dump())
 

@@ -45,6 +45,15 @@ class SoftmaxLift:
         self._minus_log_u = (log_u * -(dim**0.5)).repeat(rows // self._kv_heads, 1)
         self.index.build(keys, queries, positions, self._minus_log_u)
 
+    @property
+    def minus_log_u(self) -> Tensor:
+        """The keys' dimension D + 1, [R, N] float32."""
+        return self._minus_log_u
+
+    def restore(self, minus_log_u: Tensor) -> None:
+        """In place of `build`, beside an index that was built over keys with this dimension, [R, N] float32."""
+        self._minus_log_u = minus_log_u
+
     def search(self, queries: Tensor, k: int) -> tuple[Sample, SearchResult]:
         """The sample for queries [R, g, D], k tokens a query head, and what the index answered, best priority first."""
         dim = queries.shape[2]

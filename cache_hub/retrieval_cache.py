@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from abc import abstractmethod
 from collections import defaultdict
 from dataclasses import dataclass
 from time import perf_counter
@@ -15,11 +14,11 @@ from torch import Tensor
 from attn_hub import WeightedPart, weighted_decode_attention
 from config import ESTIMATIONS
 
-from .cache import KV_Cache
 from .diagnosis import agreement_with_exact
 from .index import TokenIndex, _native
 from .index.metric import LATE_QUERIES, query_moment
 from .lift import SoftmaxLift
+from .saved_layers import SavedLayers
 from .static_zone import StaticZone, check_static, sinks_and_window
 from .stats import Agreement, CacheStats
 from .tail import CentroidTail
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class _Indexed:
+class Indexed:
     """The index of the sequences of one prefill call, and its sampler where there is one; their rows are
     sequence-major: [count * Hkv]."""
 
@@ -40,7 +39,7 @@ class _Indexed:
     query_moment: Tensor  # [count * Hkv, D, D], see CentroidTail.add
 
 
-class TokenIndexCache(KV_Cache):
+class TokenIndexCache(SavedLayers):
     """Keys and values of the prompt in CPU memory (pinned beside a GPU), static tokens where the layer computes.
 
     Static: the first `static_pattern_start` tokens, the last `static_pattern_end` of the prompt and all generated ones.
@@ -79,7 +78,7 @@ class TokenIndexCache(KV_Cache):
         self.top_k, self.min_indexed = top_k, min_indexed
         # Without a GPU the main thread computes too: torch's own thread count is the right one then.
         self.num_threads = core if self.devices[0].type == "cuda" else None
-        self._groups: list[list[_Indexed]] = [[] for _ in self.devices]
+        self._groups: list[list[Indexed]] = [[] for _ in self.devices]
         self._pending: Tensor | None = None
         self._tails: list[CentroidTail] = []
         self._tail_seconds = 0.0
@@ -122,10 +121,6 @@ class TokenIndexCache(KV_Cache):
             agreement=Agreement.zeros(self.layer_num, self.num_heads) if self.stats.agreement else None,
         )
 
-    @abstractmethod
-    def new_index(self) -> TokenIndex:
-        """An empty index for the sequences of one prefill call and one layer."""
-
     def _allocate(self) -> None:
         prompt = self.max_length - self.max_new_length
         static = min(self.sinks + self.window + self.min_indexed, prompt) + self.max_new_length
@@ -158,10 +153,13 @@ class TokenIndexCache(KV_Cache):
         if indexed:
             self._pending = q
         else:
-            self.stats.note(
-                f"{length} tokens are attended in full: {self.sinks} + {self.window} are static and at most "
-                f"{self.min_indexed} others are too few to index"
-            )
+            self.note_full(length)
+
+    def note_full(self, length: int) -> None:
+        self.stats.note(
+            f"{length} tokens are attended in full: {self.sinks} + {self.window} are static and at most "
+            f"{self.min_indexed} others are too few to index"
+        )
 
     def sync(self, layer_idx: int, start_bdx: int) -> None:
         """Builds the layer's index over the sequences stored last; of their queries only the second moment is kept."""
@@ -182,7 +180,12 @@ class TokenIndexCache(KV_Cache):
             moment = query_moment(queries[..., -LATE_QUERIES:, :].flatten(0, 1))
         for stage, seconds in index.build_seconds.items():
             self.stats.seconds[stage] += seconds
-        self._groups[layer_idx].append(_Indexed(start_bdx, count, index, lift, moment))
+        self.keep_index(layer_idx, start_bdx, count, index, lift, moment)
+
+    def keep_index(
+        self, layer_idx: int, start_bdx: int, count: int, index: TokenIndex, lift: SoftmaxLift | None, moment: Tensor
+    ) -> None:
+        self._groups[layer_idx].append(Indexed(start_bdx, count, index, lift, moment))
 
     def prepare_cache(self) -> None:
         """Makes the clusters that stand for the rest, where they do."""

@@ -45,14 +45,14 @@ class GraphConfig(Section):
     )
     projection: Literal["auto", "co_occurrence", "roargraph"] = Field(
         default="auto",
-        description="how the lists of queries make the other links. co_occurrence: to the keys that stand nearest in the "
-        "latest lists that name a key. roargraph: RetrievalAttention's, the lists of one pivot pruned by occlusion. "
+        description="how the lists of queries make the other links. co_occurrence: to the keys that stand nearest in "
+        "the latest lists that name a key. roargraph: RetrievalAttention's, the lists of one pivot pruned by occlusion. "
         "auto is roargraph where key_links is 0, the paper's recipe, and co_occurrence else, which scores fewer keys",
     )
     key_metric: Literal["attention", "cosine"] = Field(
         default="attention",
-        description="space of the key links' cosine. attention: keys times the square root of E[q q^T] over the prompt's "
-        "last queries, in which distances are those of logits; cosine: keys as they are",
+        description="space of the key links' cosine. attention: keys times the square root of E[q q^T] over the "
+        "prompt's last queries, in which distances are those of logits; cosine: keys as they are",
     )
     ef_search: int = Field(
         default=160,

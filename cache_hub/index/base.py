@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+
+Index = TypeVar("Index", bound="TokenIndex")
 
 
 @dataclass
@@ -25,6 +29,8 @@ class SearchResult:
 class TokenIndex(ABC):
     """Index over the rows R = batch * kv_heads of one layer; g query heads share a row's keys."""
 
+    strategy: ClassVar[str]  # its name in INDEXES
+    search_options: ClassVar[frozenset[str]] = frozenset()  # those that a built index may change
     build_seconds: dict[str, float]  # seconds of the last build by stage
 
     @abstractmethod
@@ -42,6 +48,48 @@ class TokenIndex(ABC):
     @abstractmethod
     def search(self, queries: Tensor, k: int) -> SearchResult:
         """The k keys of largest inner product with each of queries [R, g, D], as well as the index finds them."""
+
+    def save(self, path: str | Path) -> str:
+        """Writes what the build made, without the keys it refers to, to a new safetensors file; returns its digest.
+
+        Raises FileExistsError where there is a file, OSError where it cannot be written.
+        """
+        from .persistence import save_index
+
+        return save_index(self, path)
+
+    @classmethod
+    def load(
+        cls: type[Index],
+        path: str | Path,
+        keys: Tensor,
+        extra: Tensor | None = None,
+        num_threads: int | None = None,
+        **options: Any,
+    ) -> Index:
+        """The index of a file, over the keys [R, N, D] (and extra) that it was built for; it finds what that found.
+
+        The file's tensors are mapped, not copied, where the index can use them so. options: in place of the file's;
+        those of the build must be the same. Raises ValueError with the reason for a file that is truncated, corrupted,
+        of another version or strategy, for other keys, for links that lead nowhere, and for other options of the build.
+        """
+        from .persistence import load_index
+
+        index = load_index(cls, path, keys, extra, num_threads, options)
+        assert isinstance(index, cls)
+        return index
+
+    @abstractmethod
+    def state(self) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """What `save` writes, and the keys and extra of the build."""
+
+    @abstractmethod
+    def restore(self, tensors: dict[str, Tensor], keys: Tensor, extra: Tensor | None) -> None:
+        """In place of `build`: takes the tensors of `state`. ValueError for any that could not come from there."""
+
+    def all_options(self) -> dict[str, Any]:
+        """The keywords of the constructor, beside num_threads."""
+        return {}
 
     @property
     @abstractmethod

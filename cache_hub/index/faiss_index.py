@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,15 +40,34 @@ class FaissIndex(TokenIndex):
                 f"keys: got {keys.dtype} on {keys.device}, allowed: float32, float16 or bfloat16 in CPU memory"
             )
         begin = time.perf_counter()
+        self._make_rows(keys, extra, lambda row, vectors: self.build_row(vectors))
+        self.build_seconds["index"] = time.perf_counter() - begin
+
+    def _make_rows(self, keys: Tensor, extra: Tensor | None, make: Callable[[int, np.ndarray], Any]) -> None:
+        self._keys, self._extra = keys, extra
         self._dim, self._lifted = keys.shape[2], extra is not None
         self._rows: list[Any] = [None] * len(keys)
 
         def work(row: int) -> None:
             vectors = keys[row].float() if extra is None else lift(keys[row], extra[row])
-            self._rows[row] = self.build_row(vectors.contiguous().numpy())
+            self._rows[row] = make(row, vectors.contiguous().numpy())
 
         in_parallel(work, [(row,) for row in range(len(keys))], keys.device, self.num_threads)
-        self.build_seconds["index"] = time.perf_counter() - begin
+
+    def state(self) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """See TokenIndex.state: of every row what row_state gives, without faiss's copy of the keys."""
+        tensors: dict[str, Tensor] = {}
+        for row, built in enumerate(self._rows):
+            tensors |= {f"{name}.{row}": tensor for name, tensor in self.row_state(built).items()}
+        return tensors, self._keys, self._extra
+
+    def restore(self, tensors: dict[str, Tensor], keys: Tensor, extra: Tensor | None) -> None:
+        """See TokenIndex.restore; faiss makes its copy of the keys again, which is all the work there is."""
+        by_row: dict[str, dict[str, Tensor]] = {str(row): {} for row in range(len(keys))}
+        for full_name, tensor in tensors.items():
+            name, _, row = full_name.rpartition(".")
+            by_row.setdefault(row, {})[name] = tensor
+        self._make_rows(keys, extra, lambda row, vectors: self.restore_row(vectors, by_row[str(row)]))
 
     def search(self, queries: Tensor, k: int) -> SearchResult:
         """See TokenIndex.search."""
@@ -75,6 +95,14 @@ class FaissIndex(TokenIndex):
     @abstractmethod
     def build_row(self, keys: np.ndarray) -> Any:
         """The index of keys [N, D] float32, in a form of the class's own."""
+
+    @abstractmethod
+    def row_state(self, row: Any) -> dict[str, Tensor]:
+        """Tensors of one row from which restore_row makes it again, without a copy of the keys."""
+
+    @abstractmethod
+    def restore_row(self, keys: np.ndarray, state: dict[str, Tensor]) -> Any:
+        """One row over the keys [N, D] float32 of its build. ValueError for a state that does not fit them."""
 
     @abstractmethod
     def search_row(self, row: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from .key_store import as_key_store
 from .knn import causal_knn, key_knn
 from .links import PackedLinks
 from .metric import LATE_QUERIES, query_moment, square_root
+from .tensor_file import check_ids, take
 
 # Of the key links' metric: keys that other queries tell apart stay apart.
 _RIDGE = 0.3
@@ -24,13 +25,20 @@ _RIDGE = 0.3
 class AttentionAwareGraphIndex(TokenIndex):
     """One graph per kv head, built from the exact causal neighbour lists of all its query heads.
 
-    A key's links: up to key_degree - key_links made from queries (keys that the same queries want), the rest the nearest
-    keys by mean-centred cosine in the metric of attention (metric.py). The graph holds ids; search reads the KV store, or one compact copy where
-    index_dtype differs from the store's dtype. Options are those of config.GraphConfig.
+    A key's links: up to key_degree - key_links made from queries (keys that the same queries want), the rest the
+    nearest keys by mean-centred cosine in the metric of attention (metric.py). The graph holds ids; search reads the KV
+    store, or one compact copy where index_dtype differs from the store's dtype. Options are those of
+    config.GraphConfig.
 
     After build: links (PackedLinks: 2 bytes for each of key_degree places), entries [R, num_entries] int32 (-1 pads),
     repaired_keys (how many had to be linked to become reachable) and build_seconds by stage.
     """
+
+    strategy = "attention_aware_graph"
+    # Those of the build that no longer matter once the links are there, and those of the cache, are among them.
+    search_options = frozenset(
+        {"ef_search", "top_k", "graph_build_batch", "knn_backend", "estimation", "estimation_budget"}
+    )
 
     def __init__(self, num_threads: int | None = None, **options: Any) -> None:
         self.options = GraphConfig(**options)
@@ -53,9 +61,8 @@ class AttentionAwareGraphIndex(TokenIndex):
         by_key = key_knn(keys_there, wanted, *how, extra=extra, root=self._root(queries, extra is not None))
         clock.stage("key_key_knn")
 
-        dtype = keys.dtype if o.index_dtype == "auto" else getattr(torch, o.index_dtype)
-        self.keys = keys.to(dtype)
-        self._copied = self.keys is not keys
+        self.keys = keys.to(self._index_dtype(keys))
+        self._built_for, self._copied = keys, self.keys is not keys
         self.extra = extra
         self._store = as_key_store(self.keys, extra)
         self.entries = torch.empty(rows, o.num_entries, dtype=torch.int32)
@@ -67,6 +74,33 @@ class AttentionAwareGraphIndex(TokenIndex):
             links = self._build_on_cpu(keys, by_query, by_key, degree)
         self.links = PackedLinks.pack(links, o.key_degree)
         clock.stage("projection")
+
+    def _index_dtype(self, keys: Tensor) -> torch.dtype:
+        named = self.options.index_dtype
+        return keys.dtype if named == "auto" else getattr(torch, named)
+
+    def state(self) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """See TokenIndex.state."""
+        tensors = {"entries": self.entries, "links": self.links.data}
+        tensors["repaired_keys"] = torch.tensor(self.repaired_keys)
+        if self._copied:
+            tensors["keys"] = self.keys
+        return tensors, self._built_for, self.extra
+
+    def restore(self, tensors: dict[str, Tensor], keys: Tensor, extra: Tensor | None) -> None:
+        """See TokenIndex.restore; links, entries and the compact copy stay where the tensors are."""
+        (rows, n, _), o, dtype = keys.shape, self.options, self._index_dtype(keys)
+        self.entries = take(tensors, "entries", (rows, o.num_entries), torch.int32)
+        check_ids(self.entries, "entries", n)
+        check_ids(self.entries[:, 0], "first entries", n, start=0)
+        links = tensors.pop("links", torch.empty(0, 0, 0))
+        if links.shape[:2] != (rows, n):
+            raise ValueError(f"links: got {list(links.shape)}, allowed: [{rows}, {n}, places], for the keys")
+        self.links = PackedLinks.checked(links, o.key_degree)
+        self.repaired_keys = int(take(tensors, "repaired_keys", (), torch.int64))
+        self.keys = keys if dtype == keys.dtype else take(tensors, "keys", keys.shape, dtype)
+        self._built_for, self._copied, self.extra = keys, self.keys is not keys, extra
+        self._store = as_key_store(self.keys, extra)
 
     def _build_on_cpu(self, keys: Tensor, by_query: Tensor, by_key: Tensor, degree: int) -> Tensor:
         o = self.options
@@ -158,6 +192,9 @@ class AttentionAwareGraphIndex(TokenIndex):
     def adjacency(self) -> Tensor:
         """The links as int32 with -1 pads at the end, [R, N, key_degree]; a copy."""
         return self.links.unpack()
+
+    def all_options(self) -> dict[str, Any]:
+        return self.options.model_dump()
 
     @property
     def nbytes(self) -> int:

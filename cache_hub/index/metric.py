@@ -17,8 +17,8 @@ def query_moment(queries: Tensor) -> Tensor:
 
 
 def square_root(moments: Tensor, ridge: float = 1e-4) -> Tensor:
-    """A [R, D, D] with A A^T = moments [R, D, D] + `ridge` times their mean diagonal in every direction, so that none is
-    lost."""
+    """A [R, D, D] with A A^T = moments [R, D, D] + `ridge` times their mean diagonal in every direction, so that
+    none is lost."""
     size = moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     values, vectors = torch.linalg.eigh(moments + ridge * size * torch.eye(moments.shape[1], device=moments.device))
     return vectors * values.clamp(min=0).sqrt()[:, None]

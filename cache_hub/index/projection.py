@@ -18,8 +18,8 @@ _BLOCK_PAIRS = 32
 def project(
     keys: Tensor, by_query: Tensor, by_key: Tensor, degree: int, query_links: int, co_occurrence: bool
 ) -> Tensor:
-    """Links of every key: at most `query_links` from the query lists, by co-occurrence or by RoarGraph's projection, then
-    the nearest keys up to `degree`.
+    """Links of every key: at most `query_links` from the query lists, by co-occurrence or by RoarGraph's projection,
+    then the nearest keys up to `degree`.
 
     keys [R, N, D], by_query [R, g, M, k] and by_key [R, N, k'] int32 as causal_knn and key_knn return them, all on one
     device. Returns [R, N, degree] int32, -1 pads at the end.
