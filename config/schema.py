@@ -46,7 +46,7 @@ class GraphConfig(Section):
     projection: Literal["auto", "co_occurrence", "roargraph"] = Field(
         default="auto",
         description="how the lists of queries make the other links. co_occurrence: to the keys that stand nearest in "
-        "the latest lists that name a key. roargraph: RetrievalAttention's, the lists of one pivot pruned by occlusion. "
+        "the latest lists that name a key. roargraph: RetrievalAttention's, lists of one pivot pruned by occlusion. "
         "auto is roargraph where key_links is 0, the paper's recipe, and co_occurrence else, which scores fewer keys",
     )
     key_metric: Literal["attention", "cosine"] = Field(

@@ -14,7 +14,7 @@ def co_occurrence_links(lists: Tensor, n: int, width: int) -> Tensor:
     """The keys that stand nearest to each of n keys in the latest lists that name it: [n, width] int32, -1 pads at the
     end.
 
-    lists [g, M, k] int32, as causal_knn returns them for one row: of one position, those of a later head count as later.
+    lists [g, M, k] int32, as causal_knn returns them for one row; of one position, those of a later head come later.
     Each of the three latest lists that name a key adds to the weight of its member of rank j, where the key has rank r,
     131072 // (2 + |j - r|) + k - j. Greatest weight first, equal ones by id.
     """
