@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <functional>
 #include <limits>
 
 namespace rag {
@@ -115,7 +116,18 @@ void BeamSearch::insert(uint64_t candidate) {
     next_ = std::min(next_, at);
 }
 
-int64_t BeamSearch::finish(int64_t k, int32_t* ids, float* scores) const {
+// Scores the whole beam anew: what a compact copy puts too low is still near the k best.
+void BeamSearch::rank_exactly() {
+    if (static_cast<int64_t>(scores_.size()) < filled_) fresh_.resize(filled_ + 1), scores_.resize(filled_);
+    for (int64_t i = 0; i < filled_; ++i) fresh_[i] = id_of(beam_[i]);
+    graph_->exact.score(query_, fresh_.data(), filled_, scores_.data());
+    scored_ += filled_;
+    for (int64_t i = 0; i < filled_; ++i) beam_[i] = entry(scores_[i], fresh_[i]);
+    std::sort(beam_.begin(), beam_.begin() + filled_, std::greater<>());
+}
+
+int64_t BeamSearch::finish(int64_t k, int32_t* ids, float* scores) {
+    if (graph_->exact.data) rank_exactly();
     for (int64_t i = 0; i < k; ++i) {
         ids[i] = i < filled_ ? id_of(beam_[i]) : -1;
         scores[i] = i < filled_ ? score_of(beam_[i]) : -std::numeric_limits<float>::infinity();

@@ -12,7 +12,7 @@ from config import GraphConfig
 
 from . import _native
 from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_search, lift
-from .key_store import as_key_store
+from .key_store import CompactKeys, as_key_store
 from .knn import causal_knn, key_knn
 from .links import PackedLinks
 
@@ -21,8 +21,8 @@ class AttentionAwareGraphIndex(TokenIndex):
     """One graph per kv head, built from the exact causal neighbour lists of all its query heads.
 
     A key's links: up to key_degree - key_links projected from queries (keys that the same queries want), the rest the
-    nearest keys by mean-centred cosine. The graph holds ids; search reads the KV store, or one compact copy where
-    index_dtype differs from the store's dtype. Options are those of config.GraphConfig.
+    nearest keys by mean-centred cosine. The graph holds ids; search reads the KV store, or one copy where index_dtype
+    differs from the store's dtype. After a walk by an int8 copy the store ranks the beam. Options are those of config.GraphConfig.
 
     After build: links (PackedLinks: 2 bytes for each of key_degree places), entries [R, num_entries] int32 (-1 pads),
     repaired_keys (how many had to be linked to become reachable) and build_seconds by stage.
@@ -49,10 +49,11 @@ class AttentionAwareGraphIndex(TokenIndex):
         by_key = key_knn(keys_there, wanted, *how, extra=extra)
         clock.stage("key_key_knn")
 
-        dtype = keys.dtype if o.index_dtype == "auto" else getattr(torch, o.index_dtype)
-        self.keys = keys.to(dtype)
-        self._copied = self.keys is not keys
         self.extra = extra
+        self._compact = CompactKeys.of(keys) if o.index_dtype == "int8" else None
+        own = o.index_dtype in ("auto", "int8")
+        self.keys = keys if own else keys.to(getattr(torch, o.index_dtype))
+        self._copied = self.keys is not keys
         self._store = as_key_store(self.keys, extra)
         self.entries = torch.empty(rows, o.num_entries, dtype=torch.int32)
         degree = PackedLinks.capacity(keys.shape[1], o.key_degree)
@@ -117,8 +118,9 @@ class AttentionAwareGraphIndex(TokenIndex):
         ids = torch.empty(rows, group, k, dtype=torch.int32)
         scores = torch.empty(rows, group, k)
         keys_scored = torch.empty(rows, group, dtype=torch.int64)
+        walked, exact = (self._store, None) if self._compact is None else (self._compact.view(self.extra), self._store)
         _native.search(
-            self._store,
+            walked,
             self.links.data.data_ptr(),
             self.links.slots,
             self.links.segments,
@@ -132,6 +134,7 @@ class AttentionAwareGraphIndex(TokenIndex):
             ids.data_ptr(),
             scores.data_ptr(),
             keys_scored.data_ptr(),
+            exact,
         )
         return SearchResult(ids, scores, keys_scored)
 
@@ -143,7 +146,7 @@ class AttentionAwareGraphIndex(TokenIndex):
     @property
     def nbytes(self) -> int:
         held = [self.links.data, self.entries] + ([self.keys] if self._copied else [])
-        return sum(t.numel() * t.element_size() for t in held)
+        return sum(t.nbytes for t in held) + (self._compact.nbytes if self._compact else 0)
 
 
 class _StageClock:
