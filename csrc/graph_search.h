@@ -30,6 +30,7 @@ class BeamSearch {
    private:
     template <class Each>
     void gather(Each&& each);
+    void hold(int64_t batch);
     void absorb();
     void insert(uint64_t candidate);
     void rank_exactly();
