@@ -14,6 +14,8 @@ setup(
                 "csrc/graph_search.cpp",
                 "csrc/links.cpp",
                 "csrc/rows.cpp",
+                "csrc/rows_avx2.cpp",
+                "csrc/rows_avx512.cpp",
                 "csrc/tail.cpp",
             ],
             depends=[
@@ -21,6 +23,7 @@ setup(
                 "csrc/graph.h",
                 "csrc/graph_search.h",
                 "csrc/links.h",
+                "csrc/row_kernels.h",
                 "csrc/rows.h",
                 "csrc/tail.h",
                 "csrc/thread_pool.h",

@@ -66,7 +66,7 @@ class GraphConfig(Section):
         description="keys retrieved per query head, at most the context length, by flat too, and by ivf and hnsw "
         "unless their sections state their own. 100 is RetrievalAttention's choice",
     )
-    index_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+    index_dtype: Literal["auto", "float32", "float16", "bfloat16", "int8"] = Field(
         default="bfloat16",
         description="type of the keys that search reads. bfloat16 is how most models keep K and V, which needs no "
         "copy; any other type than the store's makes one. auto is the store's, whatever it is",

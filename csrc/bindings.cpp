@@ -9,10 +9,12 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <string>
 #include <vector>
 
 #include "graph.h"
 #include "graph_search.h"
+#include "row_kernels.h"
 #include "tail.h"
 
 namespace py = pybind11;
@@ -42,17 +44,19 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Keys or values of all kv heads: [heads, n, dim] with contiguous rows, and extra [heads, n] float32 or nothing (0).
+// Keys or values of all kv heads: [heads, n, dim] with contiguous rows, and extra and scales [heads, n] float32 or
+// nothing (0).
 struct KeyStore {
     uintptr_t address;
     int dtype;
     int64_t heads, n, dim, head_stride, row_stride;
-    uintptr_t extra;
+    uintptr_t extra, scales;
 
     Rows head(int64_t i) const {
-        const int64_t item = dtype == 0 ? 4 : 2;
-        return {at<const char>(address) + i * head_stride * item, static_cast<Dtype>(dtype), n, dim, row_stride,
-                extra ? at<const float>(extra) + i * n : nullptr};
+        const auto type = static_cast<Dtype>(dtype);
+        const auto row_of = [&](uintptr_t floats) { return floats ? at<const float>(floats) + i * n : nullptr; };
+        return {at<const char>(address) + i * head_stride * item_bytes(type), type, n, dim, row_stride, row_of(extra),
+                row_of(scales)};
     }
 };
 
@@ -63,8 +67,10 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "Construction of and search in attention-aware graphs, bookkeeping of clusters (C++).";
 
     py::class_<KeyStore>(m, "KeyStore")
-        .def(py::init<uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t>(), py::arg("address"), py::arg("dtype"),
-             py::arg("heads"), py::arg("n"), py::arg("dim"), py::arg("head_stride"), py::arg("row_stride"), py::arg("extra") = 0);
+        .def(py::init<uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t,
+                      uintptr_t>(),
+             py::arg("address"), py::arg("dtype"), py::arg("heads"), py::arg("n"), py::arg("dim"), py::arg("head_stride"),
+             py::arg("row_stride"), py::arg("extra") = 0, py::arg("scales") = 0);
 
     m.def(
         "build",
@@ -127,13 +133,14 @@ PYBIND11_MODULE(_native, m) {
         "search",
         [](const KeyStore& keys, uintptr_t links, int64_t slots, int64_t segments, uintptr_t entries, int64_t num_entries,
            uintptr_t queries, int64_t group, int64_t k, int64_t ef, int num_threads, uintptr_t ids, uintptr_t scores,
-           uintptr_t keys_scored) {
+           uintptr_t keys_scored, const KeyStore* exact) {
             py::gil_scoped_release release;
             std::vector<Graph> graphs;
             const Links all{at<const void>(links), slots, segments};
             for (int64_t h = 0; h < keys.heads; ++h)
                 graphs.push_back({keys.head(h), {all.row(h * keys.n), slots, segments},
-                                  at<const int32_t>(entries) + h * num_entries, num_entries});
+                                  at<const int32_t>(entries) + h * num_entries, num_entries,
+                                  exact ? exact->head(h) : Rows{}});
             // A task is some queries of one kv head, as many as leave every thread a few tasks.
             const int64_t some = std::clamp<int64_t>(keys.heads * group / (2 * num_threads), 1, group);
             const int64_t tasks = (group + some - 1) / some;
@@ -145,7 +152,25 @@ PYBIND11_MODULE(_native, m) {
                              at<int64_t>(keys_scored) + first);
             });
         },
-        "Searches one query per (kv head, query head of its group).");
+        "Searches one query per (kv head, query head of its group); `exact` keys, or None, rank what is found.");
+
+    m.def(
+        "row_kernels",
+        [] {
+            std::vector<std::string> names;
+            for (const RowKernel& kernel : row_kernels()) names.push_back(kernel.name);
+            return names;
+        },
+        "Names of the inner loops that this CPU runs, the one in use first, the plain one last.");
+
+    m.def(
+        "score",
+        [](const KeyStore& keys, size_t kernel, uintptr_t query, uintptr_t ids, int64_t count, uintptr_t scores) {
+            const Rows rows = keys.head(0);
+            row_kernels().at(kernel).score[keys.dtype](rows, at<const float>(query), at<const int32_t>(ids), count,
+                                                       at<float>(scores));
+        },
+        "Scores keys of the first kv head, without `extra`, by one of row_kernels.");
 
     m.def(
         "pack_links",

@@ -9,10 +9,11 @@
 namespace rag {
 
 struct Graph {
-    Rows keys;
+    Rows keys;  // that the search walks by
     Links links;
     const int32_t* entries;  // [num_entries], -1 pads at the end
     int64_t num_entries;
+    Rows exact = {};  // keys that the beam is ranked by in the end; without data: those it walks by
 };
 
 // One query's search with a beam of the `width` best keys met. After `start`, `step` until it says false, then `finish`.
@@ -24,13 +25,15 @@ class BeamSearch {
     void start(const Graph& graph, const float* query, int64_t width);
     bool step();
     // ids, scores [k], best first, -1 / -inf pads. Returns the number of inner products computed.
-    int64_t finish(int64_t k, int32_t* ids, float* scores) const;
+    int64_t finish(int64_t k, int32_t* ids, float* scores);
 
    private:
     template <class Each>
     void gather(Each&& each);
+    void hold(int64_t batch);
     void absorb();
     void insert(uint64_t candidate);
+    void rank_exactly();
 
     const Graph* graph_ = nullptr;
     const float* query_ = nullptr;

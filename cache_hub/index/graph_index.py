@@ -12,7 +12,7 @@ from config import GraphConfig
 
 from . import _native
 from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_search, lift
-from .key_store import as_key_store
+from .key_store import CompactKeys, as_key_store
 from .knn import causal_knn, key_knn
 from .links import PackedLinks
 from .metric import LATE_QUERIES, query_moment, square_root
@@ -27,8 +27,8 @@ class AttentionAwareGraphIndex(TokenIndex):
 
     A key's links: up to key_degree - key_links made from queries (keys that the same queries want), the rest the
     nearest keys by mean-centred cosine in the metric of attention (metric.py). The graph holds ids; search reads the KV
-    store, or one compact copy where index_dtype differs from the store's dtype. Options are those of
-    config.GraphConfig.
+    store, or one copy where index_dtype differs from the store's dtype. After a walk by an int8 copy the store ranks
+    the beam. Options are those of config.GraphConfig.
 
     After build: links (PackedLinks: 2 bytes for each of key_degree places), entries [R, num_entries] int32 (-1 pads),
     repaired_keys (how many had to be linked to become reachable) and build_seconds by stage.
@@ -61,10 +61,8 @@ class AttentionAwareGraphIndex(TokenIndex):
         by_key = key_knn(keys_there, wanted, *how, extra=extra, root=self._root(queries, extra is not None))
         clock.stage("key_key_knn")
 
-        self.keys = keys.to(self._index_dtype(keys))
-        self._built_for, self._copied = keys, self.keys is not keys
-        self.extra = extra
-        self._store = as_key_store(self.keys, extra)
+        self._walk_by(keys, keys.to(self._index_dtype(keys)), extra)
+        self._compact = CompactKeys.of(keys) if o.index_dtype == "int8" else None
         self.entries = torch.empty(rows, o.num_entries, dtype=torch.int32)
         degree = PackedLinks.capacity(keys.shape[1], o.key_degree)
         if queries.is_cuda:
@@ -76,8 +74,14 @@ class AttentionAwareGraphIndex(TokenIndex):
         clock.stage("projection")
 
     def _index_dtype(self, keys: Tensor) -> torch.dtype:
+        """Of the keys that the walk, or what ranks the beam after it, reads."""
         named = self.options.index_dtype
-        return keys.dtype if named == "auto" else getattr(torch, named)
+        return keys.dtype if named in ("auto", "int8") else getattr(torch, named)
+
+    def _walk_by(self, built_for: Tensor, keys: Tensor, extra: Tensor | None) -> None:
+        self._built_for, self.keys, self.extra = built_for, keys, extra
+        self._copied = keys is not built_for
+        self._store = as_key_store(keys, extra)
 
     def state(self) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         """See TokenIndex.state."""
@@ -85,6 +89,8 @@ class AttentionAwareGraphIndex(TokenIndex):
         tensors["repaired_keys"] = torch.tensor(self.repaired_keys)
         if self._copied:
             tensors["keys"] = self.keys
+        if self._compact:
+            tensors |= vars(self._compact)
         return tensors, self._built_for, self.extra
 
     def restore(self, tensors: dict[str, Tensor], keys: Tensor, extra: Tensor | None) -> None:
@@ -98,9 +104,12 @@ class AttentionAwareGraphIndex(TokenIndex):
             raise ValueError(f"links: got {list(links.shape)}, allowed: [{rows}, {n}, places], for the keys")
         self.links = PackedLinks.checked(links, o.key_degree)
         self.repaired_keys = int(take(tensors, "repaired_keys", (), torch.int64))
-        self.keys = keys if dtype == keys.dtype else take(tensors, "keys", keys.shape, dtype)
-        self._built_for, self._copied, self.extra = keys, self.keys is not keys, extra
-        self._store = as_key_store(self.keys, extra)
+        self._walk_by(keys, keys if dtype == keys.dtype else take(tensors, "keys", keys.shape, dtype), extra)
+        self._compact = None
+        if o.index_dtype == "int8":
+            codes = take(tensors, "codes", keys.shape, torch.int8)
+            scales = take(tensors, "scales", (rows, n), torch.float32)
+            self._compact = CompactKeys(codes, scales, take(tensors, "means", (rows, keys.shape[2]), torch.float32))
 
     def _build_on_cpu(self, keys: Tensor, by_query: Tensor, by_key: Tensor, degree: int) -> Tensor:
         o = self.options
@@ -170,8 +179,9 @@ class AttentionAwareGraphIndex(TokenIndex):
         ids = torch.empty(rows, group, k, dtype=torch.int32)
         scores = torch.empty(rows, group, k)
         keys_scored = torch.empty(rows, group, dtype=torch.int64)
+        walked, exact = (self._store, None) if self._compact is None else (self._compact.view(self.extra), self._store)
         _native.search(
-            self._store,
+            walked,
             self.links.data.data_ptr(),
             self.links.slots,
             self.links.segments,
@@ -185,6 +195,7 @@ class AttentionAwareGraphIndex(TokenIndex):
             ids.data_ptr(),
             scores.data_ptr(),
             keys_scored.data_ptr(),
+            exact,
         )
         return SearchResult(ids, scores, keys_scored)
 
@@ -199,7 +210,7 @@ class AttentionAwareGraphIndex(TokenIndex):
     @property
     def nbytes(self) -> int:
         held = [self.links.data, self.entries] + ([self.keys] if self._copied else [])
-        return sum(t.numel() * t.element_size() for t in held)
+        return sum(t.nbytes for t in held) + (self._compact.nbytes if self._compact else 0)
 
 
 class _StageClock:

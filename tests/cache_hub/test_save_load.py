@@ -65,13 +65,14 @@ def test_a_loaded_index_finds_the_same(strategy: str, n: int, dtype: torch.dtype
     assert (tmp_path / "again").read_bytes() == (tmp_path / "index").read_bytes()
 
 
-def test_the_compact_copy_of_the_keys_is_saved_with_the_graph(tmp_path: Path) -> None:
-    index, keys, _ = built("attention_aware_graph", index_dtype="bfloat16")
+@pytest.mark.parametrize("index_dtype", ["bfloat16", "int8"])
+def test_the_compact_copy_of_the_keys_is_saved_with_the_graph(tmp_path: Path, index_dtype: str) -> None:
+    index, keys, _ = built("attention_aware_graph", index_dtype=index_dtype)
     index.save(tmp_path / "index")
     loaded = type(index).load(tmp_path / "index", keys)
     assert_same(found(index), found(loaded))
     assert loaded.nbytes == index.nbytes
-    assert loaded.keys.dtype == torch.bfloat16
+    assert loaded.keys.dtype == (torch.bfloat16 if index_dtype == "bfloat16" else torch.float32)
 
 
 def test_links_of_more_than_one_segment(tmp_path: Path) -> None:

@@ -1,0 +1,237 @@
+// The native code without Python, for builds with sanitizers: awkward sizes and keys, invariants of every result.
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <stdexcept>
+
+#include "check.h"
+#include "graph.h"
+#include "graph_search.h"
+#include "row_kernels.h"
+#include "tail.h"
+
+using namespace rag;
+using namespace rag::test;
+
+namespace {
+
+constexpr Dtype kDtypes[] = {Dtype::float32, Dtype::float16, Dtype::bfloat16, Dtype::int8};
+
+std::vector<int32_t> all_ids(int64_t n) {
+    std::vector<int32_t> ids(n);
+    std::iota(ids.begin(), ids.end(), 0);
+    return ids;
+}
+
+void kernels_agree() {
+    for (Dtype dtype : kDtypes)
+        for (int64_t dim : {1, 3, 63, 64, 65, 96, 128, 200}) {
+            const int64_t n = 9;
+            Typed keys(make_keys(Kind::random, n, dim, 1), n, dim, dtype);
+            const std::vector<float> query = make_keys(Kind::random, 1, dim, 2);
+            const std::vector<int32_t> ids = {8, 0, 3, 3, 7, 1, 2};
+            for (const RowKernel& kernel : row_kernels()) {
+                std::vector<float> scores(ids.size()), row(dim);
+                kernel.score[static_cast<int>(dtype)](keys.rows, query.data(), ids.data(), ids.size(), scores.data());
+                for (size_t i = 0; i < ids.size(); ++i) {
+                    keys.rows.load(ids[i], row.data());
+                    double sum = 0, size = 0;
+                    for (int64_t d = 0; d < dim; ++d) {
+                        sum += static_cast<double>(query[d]) * row[d];
+                        size += std::fabs(static_cast<double>(query[d]) * row[d]);
+                    }
+                    CHECK(std::fabs(scores[i] - sum) <= 1e-6 * size);
+                }
+            }
+        }
+}
+
+// Exact lists of float32 queries, causally: query i of every head sees the keys 0..i.
+std::vector<int32_t> exact_lists(const Rows& keys, const std::vector<float>& queries, int64_t count, int64_t k) {
+    std::vector<int32_t> ids(count * k, -1);
+    std::vector<float> scores(count * k, -std::numeric_limits<float>::infinity());
+    std::vector<int64_t> visible(count);
+    for (int64_t i = 0; i < count; ++i) visible[i] = std::min(i + 1, keys.n);
+    extend_lists(keys, queries.data(), visible.data(), count, 0, k, ids.data(), scores.data());
+    return ids;
+}
+
+void check_graph(const std::vector<int32_t>& links, const std::vector<int32_t>& entries, int64_t n, int64_t degree) {
+    std::vector<uint8_t> met(n, 0);
+    std::vector<int32_t> queue;
+    const auto meet = [&](int32_t y) {
+        CHECK(y >= 0 && y < n);
+        if (!met[y]) met[y] = 1, queue.push_back(y);
+    };
+    for (int32_t entry : entries)
+        if (entry >= 0) meet(entry);
+    for (int64_t x = 0; x < n; ++x) {
+        const int32_t* row = &links[x * degree];
+        const int64_t filled = std::find(row, row + degree, -1) - row;
+        CHECK(std::all_of(row + filled, row + degree, [](int32_t y) { return y == -1; }));
+        CHECK(std::find(row, row + filled, x) == row + filled);
+        for (int64_t j = 0; j < filled; ++j) CHECK(std::find(row + j + 1, row + filled, row[j]) == row + filled);
+    }
+    for (size_t head = 0; head < queue.size(); ++head)
+        for (int64_t j = 0; j < degree && links[queue[head] * degree + j] >= 0; ++j) meet(links[queue[head] * degree + j]);
+    CHECK(static_cast<int64_t>(queue.size()) == n);
+}
+
+// Links of all layouts hold the same keys.
+std::vector<uint16_t> pack(const std::vector<int32_t>& links, int64_t n, int64_t degree) {
+    std::vector<uint16_t> packed(n * degree);
+    std::vector<int32_t> back(n * degree);
+    pack_links(links.data(), n, degree, 1, degree, packed.data());
+    unpack_links({packed.data(), degree, 1}, n, back.data());
+    CHECK(back == links);
+    std::vector<uint16_t> split(n * (degree + 1));
+    std::vector<int32_t> wide(n * (degree + 1));
+    pack_links(links.data(), n, degree, 2, degree + 1, split.data());
+    unpack_links({split.data(), degree + 1, 2}, n, wide.data());
+    for (int64_t x = 0; x < n; ++x) CHECK(std::equal(&links[x * degree], &links[x * degree] + degree, &wide[x * (degree + 1)]));
+    return packed;
+}
+
+void check_search(const Graph& graph, const Rows& exact, const std::vector<float>& queries, int64_t count) {
+    const int64_t n = exact.n, dim = exact.dim;
+    for (int64_t k : {int64_t{1}, n, n + 5})
+        for (int64_t ef : {int64_t{1}, n}) {
+            std::vector<int32_t> ids(count * k);
+            std::vector<float> scores(count * k), all(n);
+            std::vector<int64_t> scored(count);
+            search_graph(graph, queries.data(), count, k, ef, ids.data(), scores.data(), scored.data());
+            for (int64_t q = 0; q < count; ++q) {
+                exact.score(&queries[q * dim], all_ids(n).data(), n, all.data());
+                const int32_t* found = &ids[q * k];
+                const int64_t filled = std::find(found, found + k, -1) - found;
+                CHECK(filled <= n && scored[q] >= filled && scored[q] <= 2 * n);
+                for (int64_t i = 0; i < k; ++i) {
+                    if (i >= filled) {
+                        CHECK(found[i] == -1 && std::isinf(scores[q * k + i]));
+                        continue;
+                    }
+                    CHECK(scores[q * k + i] == all[found[i]]);
+                    CHECK(i == 0 || scores[q * k + i - 1] >= scores[q * k + i]);
+                    CHECK(std::find(found, found + i, found[i]) == found + i);
+                }
+                if (std::max(k, ef) < n) continue;
+                std::sort(all.begin(), all.end(), std::greater<>());
+                CHECK(filled == std::min(k, n));
+                for (int64_t i = 0; i < filled; ++i) CHECK(scores[q * k + i] == all[i]);
+            }
+        }
+}
+
+void graph_of(Kind kind, int64_t n, int64_t dim, int64_t degree, Dtype dtype, bool co_occurrence, ThreadPool& one,
+              ThreadPool& many) {
+    const int64_t group = 3, k = 6, query_links = degree / 2, num_entries = 4;
+    const std::vector<float> floats = make_keys(kind, n, dim, 3);
+    Typed keys(floats, n, dim, dtype), copy(floats, n, dim, Dtype::int8);
+    const std::vector<float> queries = make_keys(Kind::random, group * n, dim, 4);
+    std::vector<int32_t> by_query;
+    for (int64_t head = 0; head < group; ++head) {
+        const auto begin = queries.begin() + head * n * dim;
+        const auto lists = exact_lists(keys.rows, {begin, begin + n * dim}, n, k);
+        by_query.insert(by_query.end(), lists.begin(), lists.end());
+    }
+    const std::vector<int32_t> by_key = exact_lists(keys.rows, floats, n, degree);
+    const BuildOptions options{degree, query_links, num_entries, n, co_occurrence};
+    std::vector<int32_t> links, entries;
+    for (ThreadPool* pool : {&one, &many}) {
+        std::vector<int32_t> made(n * degree), starts(num_entries);
+        const HeadInput input{keys.rows, {by_query.data(), group * n, k}, {by_key.data(), n, degree}, made.data(), starts.data()};
+        const int64_t repaired = build_graphs({input}, options, *pool);
+        CHECK(repaired >= 0 && repaired < std::max<int64_t>(n, 1));
+        check_graph(made, starts, n, degree);
+        CHECK(links.empty() || (made == links && starts == entries));
+        links = made, entries = starts;
+    }
+    const std::vector<uint16_t> packed = pack(links, n, degree);
+    const int64_t count = std::min<int64_t>(group * n, 9);  // more than take turns at once
+    const Links as_searched{packed.data(), degree, 1};
+    check_search({keys.rows, as_searched, entries.data(), num_entries}, keys.rows, queries, count);
+    check_search({copy.rows, as_searched, entries.data(), num_entries, keys.rows}, keys.rows, queries, count);
+
+    // All links gone: repair makes a graph of them again.
+    std::fill(links.begin(), links.end(), -1);
+    CHECK(repair_graphs({{keys.rows, {by_query.data(), group * n, k}, {}, links.data(), entries.data()}}, options, many) >=
+          n - num_entries);
+    check_graph(links, entries, n, degree);
+}
+
+void lifted_keys_are_scored_with_their_extra() {
+    const int64_t n = 5, dim = 3;
+    Typed keys(make_keys(Kind::random, n, dim, 5), n, dim, Dtype::float32);
+    const std::vector<float> extra = {1, 2, 3, 4, 5}, query = {0, 0, 0, 2};
+    keys.rows.extra = extra.data();
+    std::vector<float> scores(n), row(dim + 1);
+    keys.rows.score(query.data(), all_ids(n).data(), n, scores.data());
+    keys.rows.load(4, row.data());
+    CHECK(row[dim] == 5.f);
+    for (int64_t i = 0; i < n; ++i) CHECK(scores[i] == 2.f * extra[i]);
+}
+
+void unions() {
+    const std::vector<int32_t> ids = {4, -1, 4, 7, 0, 7, -1};
+    std::vector<int32_t> out(ids.size());
+    CHECK(unite(ids.data(), ids.size(), 10, out.data()) == 3);
+    CHECK((out == std::vector<int32_t>{14, 17, 10, -1, -1, -1, -1}));
+    CHECK(unite(nullptr, 0, 10, nullptr) == 0);
+}
+
+void clusters_lose_tokens() {
+    const int64_t dim = 5, tokens = 6, count = 4, width = 5, first = 2;
+    Typed values(make_keys(Kind::random, tokens + first, dim, 6), tokens + first, dim, Dtype::bfloat16);
+    const std::vector<int32_t> assignment = {0, 1, 1, 2, 1, 0};
+    const std::vector<float> sizes = {2, 3, 1, 0};
+    const std::vector<int32_t> positions = {5, -1, 3, 4, -1};  // all of cluster 2, two of cluster 1
+    std::vector<int64_t> touched(width);
+    std::vector<float> log_left(width), scale(width), lost(width * dim), row(dim);
+    const Clusters clusters{assignment.data(), tokens, sizes.data(), count, 100};
+    const Reduced out{touched.data(), log_left.data(), scale.data(), lost.data()};
+    CHECK(take_away(values.rows, clusters, positions.data(), width, first, out) == 2);
+    CHECK(touched[0] == 101 && log_left[0] == 0.f && scale[0] == 3.f);
+    CHECK(touched[1] == 102 && std::isinf(log_left[1]) && scale[1] == 0.f);
+    CHECK(touched[2] == 103 && std::isinf(log_left[2]));
+    for (int64_t d = 0; d < dim; ++d) {
+        float sum = 0.f;
+        for (int32_t token : {3, 4}) values.rows.load(token, row.data()), sum += row[d];
+        CHECK(std::fabs(lost[d] - sum) < 1e-5f);
+    }
+    for (int32_t wrong : {1, 8}) try {
+            take_away(values.rows, clusters, &wrong, 1, first, out);
+            CHECK(!"thrown");
+        } catch (const std::invalid_argument&) {
+        }
+}
+
+void errors_of_threads_reach_the_caller(ThreadPool& pool) {
+    try {
+        pool.parallel_for(100, 3, [](int64_t i) {
+            if (i == 50) throw std::runtime_error("expected");
+        });
+        CHECK(!"thrown");
+    } catch (const std::runtime_error&) {
+    }
+}
+
+}  // namespace
+
+int main() {
+    ThreadPool one(1, false), many(3, false);
+    kernels_agree();
+    lifted_keys_are_scored_with_their_extra();
+    unions();
+    clusters_lose_tokens();
+    errors_of_threads_reach_the_caller(many);
+    for (Kind kind : kKinds)
+        for (int64_t n : {1, 2, 63, 200})
+            for (int64_t dim : {1, 17, 64})  // degrees grow: searches of one thread keep their buffers
+                for (bool co_occurrence : {false, true})
+                    graph_of(kind, n, dim, dim == 1 ? 2 : 8 + n / 9, n == 63 ? Dtype::float16 : Dtype::bfloat16,
+                             co_occurrence, one, many);
+    graph_of(Kind::random, 300, 64, 80, Dtype::float32, true, one, many);
+    std::printf("native code: all checks held, inner loops");
+    for (const RowKernel& kernel : row_kernels()) std::printf(" %s", kernel.name);
+    std::printf("\n");
+}
