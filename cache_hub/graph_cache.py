@@ -27,6 +27,7 @@ class AttentionAwareGraphCache(TokenIndexCache):
         super().__init__(
             top_k=self.graph.top_k,
             min_indexed=self.graph.key_degree,
+            warm_start=self.graph.warm_start,
             estimation=self.graph.estimation,
             estimation_budget=self.graph.estimation_budget,
             **options,

@@ -54,10 +54,11 @@ class SoftmaxLift:
         """In place of `build`, beside an index that was built over keys with this dimension, [R, N] float32."""
         self._minus_log_u = minus_log_u
 
-    def search(self, queries: Tensor, k: int) -> tuple[Sample, SearchResult]:
-        """The sample for queries [R, g, D], k tokens a query head, and what the index answered, best priority first."""
+    def search(self, queries: Tensor, k: int, near: Tensor | None = None) -> tuple[Sample, SearchResult]:
+        """The sample for queries [R, g, D], k tokens a query head, and what the index answered, best priority first.
+        near: as in TokenIndex.search."""
         dim = queries.shape[2]
-        found = self.index.search(queries, k + 1)
+        found = self.index.search(queries, k + 1, near)
         priorities = found.scores.cpu() / dim**0.5
         ids, threshold = found.ids.cpu()[..., :k], priorities[..., k:]
         lifted = self._minus_log_u[:, None].expand(-1, ids.shape[1], -1).gather(2, ids.clamp(min=0).long())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Indexed:
     index: TokenIndex
     lift: SoftmaxLift | None
     query_moment: Tensor  # [count * Hkv, D, D], see CentroidTail.add
+    hits: Tensor | None = None  # [count * Hkv, g, top_k] int32 on the CPU: what the step before found
 
 
 class TokenIndexCache(SavedLayers):
@@ -50,6 +52,8 @@ class TokenIndexCache(SavedLayers):
     estimation: what stands for the indexed tokens that are not retrieved. "none": nothing. "centroid": the clusters
     that they form (CentroidTail), or the best `estimation_budget` of these. "softmax_lift": the tokens retrieved are a
     weighted sample of all (SoftmaxLift), top_k draws a query head, always the same for the same prompt.
+
+    warm_start: hits of the step before, for each query head, that a search may start from.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class TokenIndexCache(SavedLayers):
         core: int | None = None,
         top_k: int = 100,
         min_indexed: int = 0,
+        warm_start: int = 0,
         estimation: str = "none",
         estimation_budget: float = 1.0,
         **common: Any,
@@ -75,7 +80,7 @@ class TokenIndexCache(SavedLayers):
             raise ValueError(f"estimation_budget: got {estimation_budget}, allowed: 0 to 1")
         self.estimation, self.estimation_budget = estimation, estimation_budget
         self.sinks, self.window = static_pattern_start, static_pattern_end
-        self.top_k, self.min_indexed = top_k, min_indexed
+        self.top_k, self.min_indexed, self.warm_start = top_k, min_indexed, warm_start
         # Without a GPU the main thread computes too: torch's own thread count is the right one then.
         self.num_threads = core if self.devices[0].type == "cuda" else None
         self._groups: list[list[Indexed]] = [[] for _ in self.devices]
@@ -92,13 +97,16 @@ class TokenIndexCache(SavedLayers):
             "static_pattern_end": settings.static_pattern_end,
             "core": settings.core,
             "top_k": settings.attention_aware_graph.top_k,
+            "warm_start": settings.attention_aware_graph.warm_start,
             "estimation": settings.attention_aware_graph.estimation,
             "estimation_budget": settings.attention_aware_graph.estimation_budget,
         }
 
     @classmethod
     def build_key(cls, settings: RetroInferConfig) -> str:
-        graph = settings.attention_aware_graph.model_dump(exclude={"ef_search", "top_k", "estimation_budget"})
+        graph = settings.attention_aware_graph.model_dump(
+            exclude={"ef_search", "top_k", "warm_start", "estimation_budget"}
+        )
         # Clusters can be added to a filled cache; the sample's index is another one.
         graph["estimation"] = graph["estimation"] == "softmax_lift"
         return json.dumps([graph, settings.model_dump(exclude={"attention_aware_graph"})], sort_keys=True)
@@ -106,6 +114,7 @@ class TokenIndexCache(SavedLayers):
     def retune(self, settings: RetroInferConfig) -> None:
         options = self.options(settings)
         self.top_k, self.estimation = options["top_k"], options["estimation"]
+        self.warm_start = options["warm_start"]
         self.estimation_budget = options["estimation_budget"]
         for stage in ("build", "cluster"):
             self.stats.seconds[stage] = self._prompt_seconds.get(stage, 0.0)
@@ -115,6 +124,8 @@ class TokenIndexCache(SavedLayers):
         for zone, generated in zip(self._zones, self.generated, strict=True):
             zone.drop_last(generated)
         self.generated = [0] * self.layer_num
+        for group in itertools.chain.from_iterable(self._groups):
+            group.hits = None
         self.stats = CacheStats(
             seconds=defaultdict(float, self._prompt_seconds),
             notes=self.stats.notes,
@@ -255,15 +266,17 @@ class TokenIndexCache(SavedLayers):
         for group in self._groups[layer_idx]:
             rows = slice(group.start * self.kv_head, (group.start + group.count) * self.kv_head)
             sequences = slice(group.start, group.start + group.count)
+            near = None if group.hits is None or not self.warm_start else group.hits[..., : self.warm_start]
             if group.lift is not None and weights is not None:
-                sample, result = group.lift.search(queries[rows], self.top_k)
+                sample, result = group.lift.search(queries[rows], self.top_k, near)
                 ids[sequences] = torch.where(sample.ids >= 0, sample.ids + self.sinks, -1).view(-1, *shape[1:])
                 weights[sequences] = sample.log_weights.view(-1, *shape[1:])
                 attended, most = int((sample.ids >= 0).sum()), shape[2]
             else:
-                result = group.index.search(queries[rows], self.top_k)
+                result = group.index.search(queries[rows], self.top_k, near)
                 counts = _write_union(result.ids, self.sinks, ids[sequences])
                 attended, most = sum(counts), max(most, *counts)
+            group.hits = result.ids.cpu()
             found.append(result.ids)
             self.stats.scored += int(result.keys_scored.sum())
             self.stats.attended += attended

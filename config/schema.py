@@ -60,6 +60,12 @@ class GraphConfig(Section):
         description="beam width of the search, raised to top_k where smaller. From about 160 on recall@100 grows "
         "slower than the number of keys scored",
     )
+    warm_start: int = Field(
+        default=100,
+        ge=0,
+        description="hits of the step before that each query head's search starts from, beside the entries; 0: none. "
+        "Neighbouring queries want much the same keys: on traces the same search finds more for as many keys scored",
+    )
     top_k: int = Field(
         default=100,
         ge=1,

@@ -132,8 +132,8 @@ PYBIND11_MODULE(_native, m) {
     m.def(
         "search",
         [](const KeyStore& keys, uintptr_t links, int64_t slots, int64_t segments, uintptr_t entries, int64_t num_entries,
-           uintptr_t queries, int64_t group, int64_t k, int64_t ef, int num_threads, uintptr_t ids, uintptr_t scores,
-           uintptr_t keys_scored, const KeyStore* exact) {
+           uintptr_t queries, int64_t group, uintptr_t near, int64_t num_near, int64_t k, int64_t ef, int num_threads,
+           uintptr_t ids, uintptr_t scores, uintptr_t keys_scored, const KeyStore* exact) {
             py::gil_scoped_release release;
             std::vector<Graph> graphs;
             const Links all{at<const void>(links), slots, segments};
@@ -148,7 +148,7 @@ PYBIND11_MODULE(_native, m) {
                 const Graph& graph = graphs[task / tasks];
                 const int64_t begin = task % tasks * some, first = task / tasks * group + begin;
                 search_graph(graph, at<const float>(queries) + first * graph.keys.width(), std::min(some, group - begin),
-                             k, ef, at<int32_t>(ids) + first * k, at<float>(scores) + first * k,
+                             at<const int32_t>(near) + first * num_near, num_near, k, ef, at<int32_t>(ids) + first * k, at<float>(scores) + first * k,
                              at<int64_t>(keys_scored) + first);
             });
         },

@@ -53,6 +53,8 @@ def search(
     num_entries: int,
     queries: int,
     group: int,
+    near: int,
+    num_near: int,
     k: int,
     ef: int,
     num_threads: int,

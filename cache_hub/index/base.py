@@ -46,8 +46,12 @@ class TokenIndex(ABC):
         """
 
     @abstractmethod
-    def search(self, queries: Tensor, k: int) -> SearchResult:
-        """The k keys of largest inner product with each of queries [R, g, D], as well as the index finds them."""
+    def search(self, queries: Tensor, k: int, near: Tensor | None = None) -> SearchResult:
+        """The k keys of largest inner product with each of queries [R, g, D], as well as the index finds them.
+
+        near [R, g, w] int32 on the CPU, -1 pads at the end: keys that may be close to those wanted, such as what the
+        step before found; an index may start from them. Raises ValueError for shapes that do not fit and ids of no key.
+        """
 
     def save(self, path: str | Path) -> str:
         """Writes what the build made, without the keys it refers to, to a new safetensors file; returns its digest.
@@ -118,12 +122,21 @@ def check_build(keys: Tensor, queries: Tensor, positions: Tensor | None, extra: 
         raise ValueError("positions: got a decreasing sequence, allowed: non-decreasing positions")
 
 
-def check_search(queries: Tensor, k: int, rows: int, dim: int) -> None:
-    """Raises ValueError unless queries are [rows, g, dim] and k is positive."""
+def check_search(queries: Tensor, k: int, rows: int, dim: int, near: Tensor | None = None, n: int = 0) -> None:
+    """Raises ValueError unless queries are [rows, g, dim], k is positive and near [rows, g, w] names some of n keys."""
     if queries.dim() != 3 or (queries.shape[0], queries.shape[2]) != (rows, dim):
         raise ValueError(f"queries: got shape {tuple(queries.shape)}, allowed: [{rows}, g, {dim}]")
     if k < 1:
         raise ValueError(f"k: got {k}, allowed: >= 1")
+    if near is None:
+        return
+    if near.shape[:-1] != queries.shape[:2] or near.dtype != torch.int32 or near.device.type != "cpu":
+        shape = [rows, queries.shape[1], "w"]
+        raise ValueError(
+            f"near: got {near.dtype} {list(near.shape)} on {near.device}, allowed: torch.int32 {shape}, cpu"
+        )
+    if near.numel() and not -1 <= int(near.min()) <= int(near.max()) < n:
+        raise ValueError(f"near: got ids from {int(near.min())} to {int(near.max())}, allowed: -1 to {n - 1}")
 
 
 def lift(states: Tensor, extra: Tensor | float) -> Tensor:

@@ -69,7 +69,7 @@ class FaissIndex(TokenIndex):
             by_row.setdefault(row, {})[name] = tensor
         self._make_rows(keys, extra, lambda row, vectors: self.restore_row(vectors, by_row[str(row)]))
 
-    def search(self, queries: Tensor, k: int) -> SearchResult:
+    def search(self, queries: Tensor, k: int, near: Tensor | None = None) -> SearchResult:
         """See TokenIndex.search."""
         check_search(queries, k, len(self._rows), self._dim)
         asked = asked_vectors(queries, self._lifted).numpy()

@@ -35,7 +35,7 @@ class FlatIndex(TokenIndex):
         """See TokenIndex.restore."""
         self.build(keys, keys[:, None, :0], None, extra)
 
-    def search(self, queries: Tensor, k: int) -> SearchResult:
+    def search(self, queries: Tensor, k: int, near: Tensor | None = None) -> SearchResult:
         """See TokenIndex.search; exact, lower ids first among equal scores."""
         rows, n, dim = self.keys.shape
         check_search(queries, k, rows, dim)

@@ -37,7 +37,7 @@ class AttentionAwareGraphIndex(TokenIndex):
     strategy = "attention_aware_graph"
     # Those of the build that no longer matter once the links are there, and those of the cache, are among them.
     search_options = frozenset(
-        {"ef_search", "top_k", "graph_build_batch", "knn_backend", "estimation", "estimation_budget"}
+        {"ef_search", "top_k", "warm_start", "graph_build_batch", "knn_backend", "estimation", "estimation_budget"}
     )
 
     def __init__(self, num_threads: int | None = None, **options: Any) -> None:
@@ -170,10 +170,11 @@ class AttentionAwareGraphIndex(TokenIndex):
         )
         return links
 
-    def search(self, queries: Tensor, k: int) -> SearchResult:
-        """Best-first search from the entries with a beam of max(ef_search, k); see TokenIndex.search."""
-        rows, _, dim = self.keys.shape
-        check_search(queries, k, rows, dim)
+    def search(self, queries: Tensor, k: int, near: Tensor | None = None) -> SearchResult:
+        """Best-first search from `near` and the entries with a beam of max(ef_search, k); see TokenIndex.search."""
+        rows, n, dim = self.keys.shape
+        check_search(queries, k, rows, dim, near, n)
+        starts = torch.empty(rows, queries.shape[1], 0, dtype=torch.int32) if near is None else near.contiguous()
         group = queries.shape[1]
         asked = asked_vectors(queries, self.extra is not None)
         ids = torch.empty(rows, group, k, dtype=torch.int32)
@@ -189,6 +190,8 @@ class AttentionAwareGraphIndex(TokenIndex):
             self.options.num_entries,
             asked.data_ptr(),
             group,
+            starts.data_ptr(),
+            starts.shape[2],
             k,
             self.options.ef_search,
             self.num_threads,
