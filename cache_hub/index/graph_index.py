@@ -22,7 +22,8 @@ class AttentionAwareGraphIndex(TokenIndex):
 
     A key's links: up to key_degree - key_links projected from queries (keys that the same queries want), the rest the
     nearest keys by mean-centred cosine. The graph holds ids; search reads the KV store, or one copy where index_dtype
-    differs from the store's dtype. After a walk by an int8 copy the store ranks the beam. Options are those of config.GraphConfig.
+    differs from the store's dtype. After a walk by an int8 copy the store ranks the beam. Options are those of
+    config.GraphConfig.
 
     After build: links (PackedLinks: 2 bytes for each of key_degree places), entries [R, num_entries] int32 (-1 pads),
     repaired_keys (how many had to be linked to become reachable) and build_seconds by stage.
@@ -146,7 +147,7 @@ class AttentionAwareGraphIndex(TokenIndex):
     @property
     def nbytes(self) -> int:
         held = [self.links.data, self.entries] + ([self.keys] if self._copied else [])
-        return sum(t.nbytes for t in held) + (self._compact.nbytes if self._compact else 0)
+        return sum(t.nbytes for t in held) + (0 if self._compact is None else self._compact.nbytes)
 
 
 class _StageClock:

@@ -66,7 +66,7 @@ def test_every_key_is_described() -> None:
         ("top_k", 0, ">= 1"),
         ("graph_build_batch", 0, ">= 1"),
         ("num_entries", 0, ">= 1"),
-        ("index_dtype", "int8", "'auto', 'float32', 'float16', 'bfloat16'"),
+        ("index_dtype", "int4", "'auto', 'float32', 'float16', 'bfloat16', 'int8'"),
         ("knn_backend", "cuvs", "'auto', 'faiss', 'triton', 'torch'"),
         ("estimation", "clusters", "'none', 'centroid', 'softmax_lift'"),
         ("estimation", None, "'none', 'centroid', 'softmax_lift'"),
