@@ -213,7 +213,7 @@ class AttentionAwareGraphIndex(TokenIndex):
     @property
     def nbytes(self) -> int:
         held = [self.links.data, self.entries] + ([self.keys] if self._copied else [])
-        return sum(t.nbytes for t in held) + (self._compact.nbytes if self._compact else 0)
+        return sum(t.nbytes for t in held) + (0 if self._compact is None else self._compact.nbytes)
 
 
 class _StageClock:

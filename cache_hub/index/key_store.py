@@ -40,17 +40,21 @@ class CompactKeys:
     @classmethod
     def of(cls, keys: Tensor) -> CompactKeys:
         """From keys [R, N, D] of any float type on the CPU."""
+        rows, _, dim = keys.shape
+        means = torch.stack([row.mean(0, dtype=torch.float32) for row in keys])
+        return cls(torch.empty(rows, 0, dim, dtype=torch.int8), torch.empty(rows, 0), means).grown(keys)
+
+    def grown(self, keys: Tensor) -> CompactKeys:
+        """With those of keys [R, N', D] that are not in it yet; the means stay, so that scores remain comparable."""
         rows, n, dim = keys.shape
-        codes = torch.empty(rows, n, dim, dtype=torch.int8)
-        scales, means = torch.empty(rows, n), torch.empty(rows, dim)
-        for row, wide in enumerate(keys):  # one float32 copy of one row at a time
-            centred = wide.float()
-            means[row] = centred.mean(0)
-            centred = centred - means[row]
+        first = self.codes.shape[1]
+        codes, scales = torch.empty(rows, n - first, dim, dtype=torch.int8), torch.empty(rows, n - first)
+        for row, fresh in enumerate(keys[:, first:]):  # float32 copies of one row at a time
+            centred = fresh.float() - self.means[row]
             scales[row] = centred.abs().amax(1) / 127
             # A key that is the mean has the scale 0, and codes of 0.
             codes[row] = (centred / scales[row].clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_()
-        return cls(codes, scales, means)
+        return CompactKeys(torch.cat((self.codes, codes), 1), torch.cat((self.scales, scales), 1), self.means)
 
     def view(self, extra: Tensor | None) -> _native.KeyStore:
         """As as_key_store."""

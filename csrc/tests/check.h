@@ -1,6 +1,7 @@
 // What the tests of the native code share: checks, keys of awkward kinds, and rows of every type in blocks of exactly
 // their size, so that AddressSanitizer sees a read past either end.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -41,7 +42,7 @@ inline std::vector<float> make_keys(Kind kind, int64_t n, int64_t dim, uint32_t 
     return keys;
 }
 
-// Rows of one type made from float32 ones; item size and bits by truncation, the values are those of `value`.
+// Rows of one type made from float32 ones, bits cut off; what they hold is what Rows::load says.
 struct Typed {
     std::vector<float> floats;
     std::vector<uint16_t> halves;

@@ -34,6 +34,15 @@ def test_keys_come_back_within_half_a_step(n: int, dim: int, dtype: torch.dtype)
     assert compact.nbytes == 2 * n * dim + 2 * n * 4 + 2 * dim * 4
 
 
+def test_keys_that_come_later_are_less_the_same_mean() -> None:
+    keys, _ = states(100)
+    grown = CompactKeys.of(keys[:, :60]).grown(keys)
+    assert torch.equal(grown.means, CompactKeys.of(keys[:, :60]).means)
+    assert torch.equal(grown.codes[:, :60], CompactKeys.of(keys[:, :60]).codes)
+    error = (grown.scales[..., None] * grown.codes + grown.means[:, None] - keys.float()).abs()
+    assert bool((error <= 0.501 * grown.scales[..., None] + 1e-5).all())
+
+
 @pytest.mark.parametrize("value", [0.0, 3.0])
 def test_equal_keys_have_codes_of_zero(value: float) -> None:
     compact = CompactKeys.of(torch.full((1, 5, 8), value))
