@@ -55,10 +55,10 @@ class GraphConfig(Section):
         "prompt's last queries, in which distances are those of logits; cosine: keys as they are",
     )
     ef_search: int = Field(
-        default=160,
+        default=128,
         ge=1,
-        description="beam width of the search, raised to top_k where smaller. From about 160 on recall@100 grows "
-        "slower than the number of keys scored",
+        description="beam width of the search, raised to top_k where smaller. On real traces of 32,768 tokens, all "
+        "layers, 128 found .953 of the exact top 100 by scoring 1,070 keys, 160 .966 by 1,266",
     )
     warm_start: int = Field(
         default=100,
@@ -76,8 +76,8 @@ class GraphConfig(Section):
         default="bfloat16",
         description="type of the keys that search reads. bfloat16 is how most models keep K and V, which needs no "
         "copy; any other type than the store's makes one. auto is the store's, whatever it is. int8 is a copy for the "
-        "walk, whose beam the store then ranks: on real traces of 32,768 tokens it found as many, for half a key's "
-        "bytes more and 160 products",
+        "walk, whose beam the store then ranks: on real traces of 32,768 tokens it found as many with the default "
+        "beam, which is scored twice, and took as long",
     )
     graph_build_batch: int = Field(
         default=4096,

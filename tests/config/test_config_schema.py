@@ -24,7 +24,7 @@ GRAPH_DEFAULTS = {
     "key_links": 24,
     "projection": "auto",
     "key_metric": "attention",
-    "ef_search": 160,
+    "ef_search": 128,
     "warm_start": 100,
     "top_k": 100,
     "index_dtype": "bfloat16",
