@@ -10,6 +10,7 @@ from typing import Any
 TEXT = Path(__file__).parent / "text" / "alice_in_wonderland.txt"
 HAYSTACKS = ("text", "noise")
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_ASK = "\nWhat is the special magic number for"
 _COLOURS = ("amber", "crimson", "emerald", "golden", "indigo", "ivory", "scarlet", "silver", "turquoise", "violet")
 _THINGS = ("anchor", "candle", "feather", "harbor", "lantern", "marble", "orchard", "pebble", "saddle", "violin")
 
@@ -22,6 +23,16 @@ class NeedlePrompt:
     answer: str
     depth: float
     haystack: str
+
+    @property
+    def document(self) -> str:
+        """The prompt without its question."""
+        return self.text[: self.text.rindex(_ASK)]
+
+    @property
+    def question(self) -> str:
+        """All that follows the document: the question and the beginning of its answer."""
+        return self.text[self.text.rindex(_ASK) :]
 
 
 def needle_prompt(tokenizer: Any, tokens: int, depth: float, haystack: str = "text", seed: int = 2025) -> NeedlePrompt:
@@ -58,6 +69,15 @@ def needle_prompt(tokenizer: Any, tokens: int, depth: float, haystack: str = "te
     return NeedlePrompt(prompt(low), answer, depth, haystack)
 
 
+def question_frame(tokenizer: Any) -> tuple[str, str]:
+    """What stands before and after a question about the document of a needle prompt."""
+    if not getattr(tokenizer, "chat_template", None):
+        return "\n", ""
+    chat = [{"role": "user", "content": _ASK}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return "\n", text.partition(_ASK.strip())[2]
+
+
 def _words(tokens: int) -> list[str]:
     """The text's words, repeated until they are more than `tokens`, as a word is a token at least."""
     words = TEXT.read_text(encoding="utf-8").split()
@@ -67,7 +87,7 @@ def _words(tokens: int) -> list[str]:
 def _question(tokenizer: Any, key: str, context: str) -> str:
     user = (
         "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about "
-        f"the number afterwards.\n{context}\nWhat is the special magic number for {key} mentioned in the provided text?"
+        f"the number afterwards.\n{context}{_ASK} {key} mentioned in the provided text?"
     )
     prefix = f" The special magic number for {key} mentioned in the provided text is"
     if not getattr(tokenizer, "chat_template", None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from .stats import Agreement, CacheStats
 
 if TYPE_CHECKING:
     from config import RetroInferConfig
+
+    from .index import TokenIndex
 
 
 class KV_Cache(ABC):
@@ -112,9 +115,28 @@ class KV_Cache(ABC):
         """Goes over to settings of the same build key; what was built stays."""
 
     def rewind(self) -> None:
-        """Back to the end of the prompt: forgets generated tokens and what decoding counted. Only for strategies whose
-        build can serve several settings."""
+        """Back to the end of the prompt: forgets generated tokens and what decoding counted. Only for strategies that
+        say so."""
         raise NotImplementedError(f"{type(self).__name__} cannot forget what was generated")
+
+    @classmethod
+    def built_settings(cls, settings: RetroInferConfig) -> dict[str, Any] | None:
+        """Those that what a saved prefix holds depends on, and that must agree where it is loaded; None for a strategy
+        that cannot be saved."""
+        return None
+
+    def layer_tensors(self, layer_idx: int) -> dict[str, Tensor]:
+        """What a prefix keeps of a layer of one sequence, at the end of its prompt, beside its index."""
+        raise NotImplementedError
+
+    def layer_index(self, layer_idx: int) -> TokenIndex | None:
+        """The index of a layer of one sequence, if it has one."""
+        return None
+
+    def restore_layer(self, layer_idx: int, tensors: dict[str, Tensor], index_path: Path | None) -> None:
+        """In place of the layer's prefill, for a cache of one sequence: what `layer_tensors` gave, and the file of its
+        index. ValueError for tensors that do not fit."""
+        raise NotImplementedError
 
     def sync(self, layer_idx: int, start_bdx: int) -> None:  # noqa: B027
         """Called after the layer's dense attention: waits for copies, builds what the layer needs."""

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from config import cluster_counts
 
+from .index.metric import square_root
+
 # Inner products held at once while keys are assigned: 8 MiB stay in a CPU's cache, 512 MiB keep a GPU busy.
 _SCORES_ON_CPU, _SCORES_ON_GPU = 1 << 21, 1 << 27
 # Elements of float32 keys held at once beside the caller's.
@@ -110,7 +112,7 @@ def cluster_keys(
             assignment = _assign(points, directions)
         else:
             # As inner products: |x - c|^2 is least where <x, c> - |c|^2 / 2 is largest.
-            seen = F.pad(points @ _square_root(query_moment[block].to(points)), (0, 1), value=1.0)
+            seen = F.pad(points @ square_root(query_moment[block].to(points)), (0, 1), value=1.0)
             assignment = _assign(seen, _directions(seen, segments, centroids, iterations, _with_half_square))
             directions = torch.zeros_like(result.centroids[block])
         sums, sizes = _sum_members(points, assignment, centroids)
@@ -120,13 +122,6 @@ def cluster_keys(
         result.value_sums[block] = _sum_members(values[block].float(), assignment, centroids)[0]
         result.assignment[block] = assignment
     return result
-
-
-def _square_root(moments: Tensor) -> Tensor:
-    """A [R, D, D] with A A^T = moments, kept away from zero so that no direction is lost."""
-    size = moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    values, vectors = torch.linalg.eigh(moments + 1e-4 * size * torch.eye(moments.shape[1], device=moments.device))
-    return vectors * values.clamp(min=0).sqrt()[:, None]
 
 
 def _with_half_square(means: Tensor, dim: int = -1) -> Tensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from config import HNSWConfig, IVFConfig
 
-from .index import TokenIndex, make_index
+from .index import INDEXES, TokenIndex, make_index
 from .retrieval_cache import TokenIndexCache
 
 if TYPE_CHECKING:
@@ -29,6 +29,11 @@ class _FaissCache(TokenIndexCache):
     def options(cls, settings: RetroInferConfig) -> dict[str, Any]:
         own = getattr(settings, cls.strategy).model_dump()
         return {**super().options(settings), **own, "top_k": settings.top_k_of(cls.strategy)[1]}
+
+    @classmethod
+    def built_settings(cls, settings: RetroInferConfig) -> dict[str, Any]:
+        own = getattr(settings, cls.strategy).model_dump(exclude=set(INDEXES[cls.strategy].search_options))
+        return super().built_settings(settings) | own
 
     def new_index(self) -> TokenIndex:
         return make_index(self.strategy, num_threads=self.num_threads, **self.knobs)

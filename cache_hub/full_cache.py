@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,11 @@ from torch import Tensor
 from attn_hub import WeightedPart, weighted_decode_attention
 
 from .cache import KV_Cache
+from .index.tensor_file import take
+from .stats import CacheStats
+
+if TYPE_CHECKING:
+    from config import RetroInferConfig
 
 
 class FullCache(KV_Cache):
@@ -29,6 +35,28 @@ class FullCache(KV_Cache):
         self._keys[layer_idx][rows, :, :length] = k.transpose(1, 2)
         self._values[layer_idx][rows, :, :length] = v.transpose(1, 2)
         self._lengths[layer_idx][rows] = length
+
+    @classmethod
+    def built_settings(cls, settings: RetroInferConfig) -> dict[str, Any]:
+        return {}
+
+    def layer_tensors(self, layer_idx: int) -> dict[str, Tensor]:
+        prompt = slice(self.prompt_lengths[0])
+        return {"keys": self._keys[layer_idx][:, :, prompt], "values": self._values[layer_idx][:, :, prompt]}
+
+    def restore_layer(self, layer_idx: int, tensors: dict[str, Tensor], index_path: Path | None) -> None:
+        """Copies keys and values: every step reads them all, with those of new tokens behind them."""
+        length = self.prompt_lengths[0]
+        for name, store in (("keys", self._keys), ("values", self._values)):
+            states = take(tensors, name, (1, self.kv_head, length, self.head_dim), self.dtype)
+            store[layer_idx][:, :, :length] = states
+        self._lengths[layer_idx][:] = length
+
+    def rewind(self) -> None:
+        for lengths, generated in zip(self._lengths, self.generated, strict=True):
+            lengths -= generated
+        self.generated = [0] * self.layer_num
+        self.stats = CacheStats(agreement=self.stats.agreement)
 
     def decode_update_kv_cache(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
         for b, length in enumerate(self.context_lengths(layer_idx)):

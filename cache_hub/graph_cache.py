@@ -27,6 +27,7 @@ class AttentionAwareGraphCache(TokenIndexCache):
         super().__init__(
             top_k=self.graph.top_k,
             min_indexed=self.graph.key_degree,
+            warm_start=self.graph.warm_start,
             estimation=self.graph.estimation,
             estimation_budget=self.graph.estimation_budget,
             insert_batch=self.graph.insert_batch,
@@ -36,6 +37,11 @@ class AttentionAwareGraphCache(TokenIndexCache):
     @classmethod
     def options(cls, settings: RetroInferConfig) -> dict[str, Any]:
         return {**super().options(settings), **settings.attention_aware_graph.model_dump()}
+
+    @classmethod
+    def built_settings(cls, settings: RetroInferConfig) -> dict[str, Any]:
+        graph = settings.attention_aware_graph.model_dump(exclude=set(AttentionAwareGraphIndex.search_options))
+        return super().built_settings(settings) | graph
 
     def new_index(self) -> TokenIndex:
         return make_index("attention_aware_graph", num_threads=self.num_threads, **self.graph.model_dump())

@@ -16,7 +16,7 @@ class IndexedSequences:
     """`count` sequences from `start` on, equally long, whose tokens first..stop - 1 are in the index.
 
     index: its rows are sequence-major, [count * Hkv]. lift: its sampler, where there is one. query_moment
-    [count * Hkv, D, D]: see CentroidTail.add.
+    [count * Hkv, D, D]: see CentroidTail.add. hits [count * Hkv, g, k] int32 on the CPU: what the step before found.
     """
 
     start: int
@@ -26,6 +26,7 @@ class IndexedSequences:
     index: TokenIndex
     lift: SoftmaxLift | None
     query_moment: Tensor
+    hits: Tensor | None = None
 
     @property
     def sequences(self) -> slice:
@@ -36,18 +37,21 @@ class IndexedSequences:
         return store[self.sequences, :, self.first : self.stop]
 
     def retrieve(
-        self, queries: Tensor, k: int, positions: Tensor, log_weights: Tensor | None
+        self, queries: Tensor, k: int, warm_start: int, positions: Tensor, log_weights: Tensor | None
     ) -> tuple[SearchResult, int, int]:
         """What the index finds for queries [count * Hkv, g, D], k a query head. Writes the tokens to attend to, each
         group's union, into positions [count, Hkv, g * k] int32 on the CPU, contiguous, with -1 pads, and where there is
         a sampler their log weights likewise. Returns also how many tokens that are, and the places that may hold any.
+        warm_start: hits of the step before that the search may start from.
         """
+        near = None if self.hits is None or not warm_start else self.hits[..., :warm_start]
         if self.lift is None or log_weights is None:
-            found = self.index.search(queries, k)
-            ids = found.ids.cpu().contiguous()
+            found = self.index.search(queries, k, near)
+            ids = self.hits = found.ids.cpu().contiguous()
             counts = _native.unite(ids.data_ptr(), len(ids), ids[0].numel(), self.first, positions.data_ptr())
             return found, sum(counts), max(counts)
-        sample, found = self.lift.search(queries, k)
+        sample, found = self.lift.search(queries, k, near)
+        self.hits = found.ids.cpu()
         positions[:] = torch.where(sample.ids >= 0, sample.ids + self.first, -1).view_as(positions)
         log_weights[:] = sample.log_weights.view_as(log_weights)
         return found, int((sample.ids >= 0).sum()), positions.shape[2]
@@ -86,9 +90,3 @@ class LatestQueries:
             return None
         self.batches += 1
         return self._ring.roll(-(step % self._steps), 0)
-
-
-def second_moment(queries: Tensor) -> Tensor:
-    """The mean [R, D, D] float32 of q q^T over queries [R, M, D]."""
-    asked = queries.float()
-    return asked.transpose(1, 2) @ asked / asked.shape[1]

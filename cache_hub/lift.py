@@ -55,10 +55,22 @@ class SoftmaxLift:
         log_u = (1 - torch.rand(self._kv_heads, tokens, generator=self._generator)).log()
         return (log_u * -(dim**0.5)).repeat(rows // self._kv_heads, 1)
 
-    def search(self, queries: Tensor, k: int) -> tuple[Sample, SearchResult]:
-        """The sample for queries [R, g, D], k tokens a query head, and what the index answered, best priority first."""
+    @property
+    def minus_log_u(self) -> Tensor:
+        """The keys' dimension D + 1, [R, N] float32."""
+        return self._minus_log_u
+
+    def restore(self, minus_log_u: Tensor, keys: Tensor) -> None:
+        """In place of `build`, beside an index built over keys [R, N, D] with this dimension, [R, N] float32."""
+        self._minus_log_u = minus_log_u
+        self._generator = torch.Generator().manual_seed(self._seed)
+        self._draw(keys.shape[1], keys)  # as `build` did: draws go on behind them
+
+    def search(self, queries: Tensor, k: int, near: Tensor | None = None) -> tuple[Sample, SearchResult]:
+        """The sample for queries [R, g, D], k tokens a query head, and what the index answered, best priority first.
+        near: as in TokenIndex.search."""
         dim = queries.shape[2]
-        found = self.index.search(queries, k + 1)
+        found = self.index.search(queries, k + 1, near)
         priorities = found.scores.cpu() / dim**0.5
         ids, threshold = found.ids.cpu()[..., :k], priorities[..., k:]
         lifted = self._minus_log_u[:, None].expand(-1, ids.shape[1], -1).gather(2, ids.clamp(min=0).long())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from abc import abstractmethod
 from collections import defaultdict
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,12 @@ from torch import Tensor
 from attn_hub import WeightedPart, weighted_decode_attention
 from config import ESTIMATIONS
 
-from .cache import KV_Cache
 from .diagnosis import agreement_with_exact
 from .index import TokenIndex
-from .indexed_sequences import IndexedSequences, LatestQueries, second_moment
+from .index.metric import LATE_QUERIES, query_moment
+from .indexed_sequences import IndexedSequences, LatestQueries
 from .lift import SoftmaxLift
+from .saved_layers import SavedLayers
 from .static_zone import StaticZone, check_static, sinks_and_window
 from .stats import Agreement, CacheStats
 from .tail import CentroidTail
@@ -27,11 +28,7 @@ if TYPE_CHECKING:
     from config import RetroInferConfig
 
 
-# Last prompt queries of each head that stand for the decode queries in the clusters' metric.
-_LATE_QUERIES = 512
-
-
-class TokenIndexCache(KV_Cache):
+class TokenIndexCache(SavedLayers):
     """Keys and values of the prompt in CPU memory (pinned beside a GPU), static tokens where the layer computes.
 
     Static: the first `static_pattern_start` tokens, the last `static_pattern_end` of the prompt and generated ones.
@@ -46,6 +43,8 @@ class TokenIndexCache(KV_Cache):
     estimation: what stands for the indexed tokens that are not retrieved. "none": nothing. "centroid": the clusters
     that they form (CentroidTail), or the best `estimation_budget` of these. "softmax_lift": the tokens retrieved are a
     weighted sample of all (SoftmaxLift), top_k draws a query head, always the same for the same prompt.
+
+    warm_start: hits of the step before, for each query head, that a search may start from.
     """
 
     def __init__(
@@ -57,6 +56,7 @@ class TokenIndexCache(KV_Cache):
         core: int | None = None,
         top_k: int = 100,
         min_indexed: int = 0,
+        warm_start: int = 0,
         estimation: str = "none",
         estimation_budget: float = 1.0,
         insert_batch: int = 512,
@@ -75,7 +75,7 @@ class TokenIndexCache(KV_Cache):
         self.insert_batch = insert_batch if insert_batch <= max_new_length else 0
         self.estimation, self.estimation_budget = estimation, estimation_budget
         self.sinks, self.window = static_pattern_start, static_pattern_end
-        self.top_k, self.min_indexed = top_k, min_indexed
+        self.top_k, self.min_indexed, self.warm_start = top_k, min_indexed, warm_start
         # Without a GPU the main thread computes too: torch's own thread count is the right one then.
         self.num_threads = core if self.devices[0].type == "cuda" else None
         self._groups: list[list[IndexedSequences]] = [[] for _ in self.devices]
@@ -96,6 +96,7 @@ class TokenIndexCache(KV_Cache):
             "static_pattern_end": settings.static_pattern_end,
             "core": settings.core,
             "top_k": settings.attention_aware_graph.top_k,
+            "warm_start": settings.attention_aware_graph.warm_start,
             "estimation": settings.attention_aware_graph.estimation,
             "estimation_budget": settings.attention_aware_graph.estimation_budget,
             "insert_batch": settings.attention_aware_graph.insert_batch,
@@ -103,7 +104,9 @@ class TokenIndexCache(KV_Cache):
 
     @classmethod
     def build_key(cls, settings: RetroInferConfig) -> str:
-        graph = settings.attention_aware_graph.model_dump(exclude={"ef_search", "top_k", "estimation_budget"})
+        graph = settings.attention_aware_graph.model_dump(
+            exclude={"ef_search", "top_k", "warm_start", "estimation_budget"}
+        )
         # Clusters can be added to a filled cache; the sample's index is another one.
         graph["estimation"] = graph["estimation"] == "softmax_lift"
         return json.dumps([graph, settings.model_dump(exclude={"attention_aware_graph"})], sort_keys=True)
@@ -111,6 +114,7 @@ class TokenIndexCache(KV_Cache):
     def retune(self, settings: RetroInferConfig) -> None:
         options = self.options(settings)
         self.top_k, self.estimation = options["top_k"], options["estimation"]
+        self.warm_start = options["warm_start"]
         self.estimation_budget = options["estimation_budget"]
         for stage in ("build", "cluster"):
             self.stats.seconds[stage] = self._prompt_seconds.get(stage, 0.0)
@@ -124,15 +128,13 @@ class TokenIndexCache(KV_Cache):
         for zone, generated in zip(self._zones, self.generated, strict=True):
             zone.drop_last(generated)
         self.generated = [0] * self.layer_num
+        for group in itertools.chain.from_iterable(self._groups):
+            group.hits = None
         self.stats = CacheStats(
             seconds=defaultdict(float, self._prompt_seconds),
             notes=self.stats.notes,
             agreement=Agreement.zeros(self.layer_num, self.num_heads) if self.stats.agreement else None,
         )
-
-    @abstractmethod
-    def new_index(self) -> TokenIndex:
-        """An empty index for the sequences of one prefill call and one layer."""
 
     def _allocate(self) -> None:
         prompt = self.max_length - self.max_new_length
@@ -169,10 +171,13 @@ class TokenIndexCache(KV_Cache):
         if indexed:
             self._pending = q
         else:
-            self.stats.note(
-                f"{length} tokens are attended in full: {self.sinks} + {self.window} are static and at most "
-                f"{self.min_indexed} others are too few to index"
-            )
+            self.note_full(length)
+
+    def note_full(self, length: int) -> None:
+        self.stats.note(
+            f"{length} tokens are attended in full: {self.sinks} + {self.window} are static and at most "
+            f"{self.min_indexed} others are too few to index"
+        )
 
     def sync(self, layer_idx: int, start_bdx: int) -> None:
         """Builds the layer's index over the sequences stored last; of their queries only the second moment is kept."""
@@ -190,10 +195,16 @@ class TokenIndexCache(KV_Cache):
         keys = self._keys[layer_idx][start_bdx : start_bdx + count, :, indexed.start : indexed.stop].flatten(0, 1)
         with self.stats.timed("build"):
             (lift or index).build(keys, queries.reshape(rows, self.group_size, length, self.head_dim), positions)
-            query_moment = second_moment(queries[..., -_LATE_QUERIES:, :].reshape(rows, -1, self.head_dim))
+            moment = query_moment(queries[..., -LATE_QUERIES:, :].flatten(0, 1))
         for stage, seconds in index.build_seconds.items():
             self.stats.seconds[stage] += seconds
-        group = IndexedSequences(start_bdx, count, indexed.start, indexed.stop, index, lift, query_moment)
+        self.keep_index(layer_idx, start_bdx, count, index, lift, moment)
+
+    def keep_index(
+        self, layer_idx: int, start_bdx: int, count: int, index: TokenIndex, lift: SoftmaxLift | None, moment: Tensor
+    ) -> None:
+        indexed = self.indexed_range(self.prompt_lengths[start_bdx])
+        group = IndexedSequences(start_bdx, count, indexed.start, indexed.stop, index, lift, moment)
         self._groups[layer_idx].append(group)
 
     def prepare_cache(self) -> None:
@@ -265,7 +276,7 @@ class TokenIndexCache(KV_Cache):
             self._keys[layer_idx][to], self._values[layer_idx][to] = keys, values
             group.insert(self._keys[layer_idx], batch, queries, self.prompt_lengths[group.start] + step - batch)
             if self._tails:
-                moment = second_moment(group.by_row(queries, self.kv_head).flatten(1, 2))
+                moment = query_moment(group.by_row(queries, self.kv_head))
                 self._tails[layer_idx].add(group.sequences, keys, values, moment)
 
     def _retrieve(self, query_states: Tensor, layer_idx: int) -> tuple[list[Tensor], Tensor, Tensor | None]:
@@ -283,7 +294,7 @@ class TokenIndexCache(KV_Cache):
             rows = slice(group.start * self.kv_head, (group.start + group.count) * self.kv_head)
             sequences = group.sequences
             own = weights[sequences] if weights is not None else None
-            result, attended, width = group.retrieve(queries[rows], self.top_k, ids[sequences], own)
+            result, attended, width = group.retrieve(queries[rows], self.top_k, self.warm_start, ids[sequences], own)
             most = max(most, width)
             found.append(result.ids)
             self.stats.scored += int(result.keys_scored.sum())

@@ -10,6 +10,7 @@ from attn_hub import WeightedPart
 from .clusters import cluster_keys
 from .index import _native
 from .index.key_store import as_key_store
+from .index.tensor_file import check_ids, take
 
 # Of a cluster, on average: centroids and mean values in the store's type then are less than an eighth of its bytes.
 TOKENS_PER_CLUSTER = 10
@@ -77,6 +78,31 @@ class CentroidTail:
             table[sequences, :, begin : begin + rows.shape[2]] = rows.to(table.dtype)
         self.clusters[sequences] = [at + number] * batch
         self._tokens[sequences] = [first + tokens] * batch
+        self.log_sizes = self.sizes.log().to(device)
+
+    def tables(self) -> dict[str, Tensor]:
+        """All that `add` made, for one sequence, under the names of `restore`."""
+        return {name: getattr(self, name) for name in ("centroids", "value_means", "sizes", "assignment")}
+
+    def restore(self, tensors: dict[str, Tensor], tokens: int) -> None:
+        """In place of `add`, for one sequence of so many indexed tokens: takes what `tables` gave out of `tensors`.
+
+        The assignment stays where it is. Raises ValueError for tables that do not fit, or contradict each other.
+        """
+        _, heads, _, dim = self.centroids.shape
+        device, dtype = self.centroids.device, self.centroids.dtype
+        self.assignment = take(tensors, "assignment", (1, heads, tokens), torch.int32)
+        self.sizes = take(tensors, "sizes", (1, heads, None), torch.float32).clone()
+        clusters = self.sizes.shape[2]
+        check_ids(self.assignment, "assignment", clusters - 1, start=0)
+        members = torch.zeros_like(self.sizes).scatter_add_(
+            2, self.assignment.long(), torch.ones(()).expand(self.assignment.shape)
+        )
+        if not torch.equal(members, self.sizes):
+            raise ValueError("sizes: got others than the assignment has members, allowed: as many")
+        self.centroids = take(tensors, "centroids", (1, heads, clusters, dim), dtype).to(device)
+        self.value_means = take(tensors, "value_means", (1, heads, clusters, dim), dtype).to(device)
+        self.clusters = [max(clusters - 1, 0)]
         self.log_sizes = self.sizes.log().to(device)
 
     def parts(self, query: Tensor, positions: Tensor, values: Tensor, first: int) -> tuple[list[WeightedPart], int]:

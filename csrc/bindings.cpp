@@ -9,11 +9,13 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <string>
 #include <vector>
 
 #include "graph.h"
 #include "graph_insert.h"
 #include "graph_search.h"
+#include "row_kernels.h"
 #include "tail.h"
 
 namespace py = pybind11;
@@ -43,17 +45,19 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Keys or values of all kv heads: [heads, n, dim] with contiguous rows, and extra [heads, n] float32 or nothing (0).
+// Keys or values of all kv heads: [heads, n, dim] with contiguous rows, and extra and scales [heads, n] float32 or
+// nothing (0).
 struct KeyStore {
     uintptr_t address;
     int dtype;
     int64_t heads, n, dim, head_stride, row_stride;
-    uintptr_t extra;
+    uintptr_t extra, scales;
 
     Rows head(int64_t i) const {
-        const int64_t item = dtype == 0 ? 4 : 2;
-        return {at<const char>(address) + i * head_stride * item, static_cast<Dtype>(dtype), n, dim, row_stride,
-                extra ? at<const float>(extra) + i * n : nullptr};
+        const auto type = static_cast<Dtype>(dtype);
+        const auto row_of = [&](uintptr_t floats) { return floats ? at<const float>(floats) + i * n : nullptr; };
+        return {at<const char>(address) + i * head_stride * item_bytes(type), type, n, dim, row_stride, row_of(extra),
+                row_of(scales)};
     }
 };
 
@@ -64,14 +68,16 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "Construction of and search in attention-aware graphs, bookkeeping of clusters (C++).";
 
     py::class_<KeyStore>(m, "KeyStore")
-        .def(py::init<uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t>(), py::arg("address"), py::arg("dtype"),
-             py::arg("heads"), py::arg("n"), py::arg("dim"), py::arg("head_stride"), py::arg("row_stride"), py::arg("extra") = 0);
+        .def(py::init<uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t,
+                      uintptr_t>(),
+             py::arg("address"), py::arg("dtype"), py::arg("heads"), py::arg("n"), py::arg("dim"), py::arg("head_stride"),
+             py::arg("row_stride"), py::arg("extra") = 0, py::arg("scales") = 0);
 
     m.def(
         "build",
         [](const KeyStore& keys, uintptr_t query_lists, int64_t group, int64_t queries, int64_t list_width,
-           uintptr_t key_lists, int64_t key_list_width, int64_t degree, int64_t query_links, int64_t num_entries, int num_threads,
-           uintptr_t adjacency, uintptr_t entries) {
+           uintptr_t key_lists, int64_t key_list_width, int64_t degree, int64_t query_links, bool co_occurrence,
+           int64_t num_entries, int num_threads, uintptr_t adjacency, uintptr_t entries) {
             py::gil_scoped_release release;
             const int64_t lists_per_head = group * queries;
             std::vector<HeadInput> heads;
@@ -81,7 +87,7 @@ PYBIND11_MODULE(_native, m) {
                                  {at<const int32_t>(key_lists) + h * keys.n * key_list_width, keys.n, key_list_width},
                                  at<int32_t>(adjacency) + h * keys.n * degree,
                                  at<int32_t>(entries) + h * num_entries});
-            return build_graphs(heads, {degree, query_links, num_entries, queries}, *threads(num_threads));
+            return build_graphs(heads, {degree, query_links, num_entries, queries, co_occurrence}, *threads(num_threads));
         },
         "Builds the graph of every kv head; returns how many keys had to be linked to become reachable.");
 
@@ -97,7 +103,7 @@ PYBIND11_MODULE(_native, m) {
                                   {},
                                   at<int32_t>(adjacency) + h * n * degree,
                                   at<int32_t>(entries) + h * num_entries});
-            return repair_graphs(inputs, {degree, 0, num_entries, queries}, *threads(num_threads));
+            return repair_graphs(inputs, {degree, 0, num_entries, queries, false}, *threads(num_threads));
         },
         "Entries and reachability of graphs whose links are there already; returns as build does.");
 
@@ -105,24 +111,26 @@ PYBIND11_MODULE(_native, m) {
         "insert",
         [](const KeyStore& keys, int64_t before, uintptr_t queries, uintptr_t visible, int64_t group, int64_t count,
            uintptr_t lists, uintptr_t list_scores, int64_t list_width, uintptr_t near, int64_t near_width, uintptr_t mean,
-           int64_t degree, int64_t query_links, int64_t num_entries, int num_threads, uintptr_t links, int64_t slots,
-           int64_t segments, uintptr_t entries) {
+           uintptr_t form, uintptr_t reciprocals, int64_t degree, int64_t query_links, bool co_occurrence,
+           int64_t num_entries, int num_threads, uintptr_t links, int64_t slots, int64_t segments, uintptr_t entries) {
             py::gil_scoped_release release;
             const int64_t lists_per_head = group * count;
             const Links all{at<const void>(links), slots, segments};
             std::vector<HeadGrowth> heads;
             for (int64_t h = 0; h < keys.heads; ++h) {
                 const Rows rows = keys.head(h);
-                const int64_t first = h * lists_per_head;
+                const int64_t first = h * lists_per_head, width = rows.width();
                 heads.push_back({rows, before,
-                                 at<const float>(queries) + first * rows.width(),
+                                 at<const float>(queries) + first * width,
                                  at<int32_t>(lists) + first * list_width, at<float>(list_scores) + first * list_width,
                                  {at<const int32_t>(near) + h * (keys.n - before) * near_width, keys.n - before, near_width},
-                                 at<const float>(mean) + h * rows.width(),
+                                 at<const float>(mean) + (mean ? h * width : 0),
+                                 at<const float>(form) + (form ? h * width * width : 0),
+                                 at<const float>(reciprocals) + (mean ? h * keys.n : 0),
                                  {all.row(h * keys.n), slots, segments},
                                  at<int32_t>(entries) + h * num_entries});
             }
-            return insert_keys(heads, {degree, query_links, num_entries, count}, group, list_width,
+            return insert_keys(heads, {degree, query_links, num_entries, count, co_occurrence}, group, list_width,
                                at<const int64_t>(visible), *threads(num_threads));
         },
         "Links the keys from `before` on into graphs of those before; returns as build does.");
@@ -153,14 +161,15 @@ PYBIND11_MODULE(_native, m) {
     m.def(
         "search",
         [](const KeyStore& keys, uintptr_t links, int64_t slots, int64_t segments, uintptr_t entries, int64_t num_entries,
-           uintptr_t queries, int64_t group, int64_t k, int64_t ef, int num_threads, uintptr_t ids, uintptr_t scores,
-           uintptr_t keys_scored) {
+           uintptr_t queries, int64_t group, uintptr_t near, int64_t num_near, int64_t k, int64_t ef, int num_threads,
+           uintptr_t ids, uintptr_t scores, uintptr_t keys_scored, const KeyStore* exact) {
             py::gil_scoped_release release;
             std::vector<Graph> graphs;
             const Links all{at<const void>(links), slots, segments};
             for (int64_t h = 0; h < keys.heads; ++h)
                 graphs.push_back({keys.head(h), {all.row(h * keys.n), slots, segments},
-                                  at<const int32_t>(entries) + h * num_entries, num_entries});
+                                  at<const int32_t>(entries) + h * num_entries, num_entries,
+                                  exact ? exact->head(h) : Rows{}});
             // A task is some queries of one kv head, as many as leave every thread a few tasks.
             const int64_t some = std::clamp<int64_t>(keys.heads * group / (2 * num_threads), 1, group);
             const int64_t tasks = (group + some - 1) / some;
@@ -168,11 +177,29 @@ PYBIND11_MODULE(_native, m) {
                 const Graph& graph = graphs[task / tasks];
                 const int64_t begin = task % tasks * some, first = task / tasks * group + begin;
                 search_graph(graph, at<const float>(queries) + first * graph.keys.width(), std::min(some, group - begin),
-                             k, ef, at<int32_t>(ids) + first * k, at<float>(scores) + first * k,
+                             at<const int32_t>(near) + first * num_near, num_near, k, ef, at<int32_t>(ids) + first * k, at<float>(scores) + first * k,
                              at<int64_t>(keys_scored) + first);
             });
         },
-        "Searches one query per (kv head, query head of its group).");
+        "Searches one query per (kv head, query head of its group); `exact` keys, or None, rank what is found.");
+
+    m.def(
+        "row_kernels",
+        [] {
+            std::vector<std::string> names;
+            for (const RowKernel& kernel : row_kernels()) names.push_back(kernel.name);
+            return names;
+        },
+        "Names of the inner loops that this CPU runs, the one in use first, the plain one last.");
+
+    m.def(
+        "score",
+        [](const KeyStore& keys, size_t kernel, uintptr_t query, uintptr_t ids, int64_t count, uintptr_t scores) {
+            const Rows rows = keys.head(0);
+            row_kernels().at(kernel).score[keys.dtype](rows, at<const float>(query), at<const int32_t>(ids), count,
+                                                       at<float>(scores));
+        },
+        "Scores keys of the first kv head, without `extra`, by one of row_kernels.");
 
     m.def(
         "pack_links",

@@ -35,9 +35,10 @@ void extend_lists(const Rows& keys, const float* queries, const int64_t* visible
 
 struct BuildOptions {
     int64_t degree;       // links of a key in all
-    int64_t query_links;  // of these at most, from projected query lists
+    int64_t query_links;  // of these at most, from query lists
     int64_t num_entries;
     int64_t queries;      // lists of one query head, in the order of the text
+    bool co_occurrence;   // how query lists make links: co_occurrence.h, or RoarGraph's projection
 };
 
 // One kv head: what its graph is built from, and where it goes. All heads of one build have equally many keys.
@@ -49,8 +50,8 @@ struct HeadInput {
     int32_t* entries;    // [num_entries], -1 pads at the end
 };
 
-// Projects query -> key lists to links among the keys (RoarGraph, arXiv 2408.08933, projection step), adds the nearest
-// keys up to the degree, and goes on as repair_graphs.
+// Makes links among the keys of the query -> key lists, by co-occurrence or by the projection step of RoarGraph (arXiv
+// 2408.08933), adds the nearest keys up to the degree, and goes on as repair_graphs.
 int64_t build_graphs(const std::vector<HeadInput>& inputs, const BuildOptions& options, ThreadPool& pool);
 
 // Chooses the entries and links every key that they do not reach. Entries are, half and half, the keys most often ranked

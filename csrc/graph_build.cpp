@@ -1,6 +1,8 @@
 #include <algorithm>
+#include <memory>
 #include <numeric>
 
+#include "co_occurrence.h"
 #include "graph.h"
 #include "prune.h"
 #include "reachability.h"
@@ -80,6 +82,10 @@ class HeadBuild {
         : in_(input), options_(options), n_(input.keys.n), width_(options.query_links) {}
 
     void group() {
+        if (options_.co_occurrence) {
+            occurrences_ = std::make_unique<Occurrences>(in_.query_lists, options_.queries, n_);
+            return;
+        }
         by_pivot_ = group_by_pivot(in_.query_lists, n_);
         forward_.assign(n_ * width_, -1);
     }
@@ -94,13 +100,19 @@ class HeadBuild {
         prune_fill(in_.keys, static_cast<int32_t>(x), width_, s, forward_.data() + x * width_);
     }
     void reverse() { reverse_ = reverse_links(forward_, n_, width_); }
-    // Links and reverse links of a key, pruned again, then the nearest keys up to the degree.
+    // Query links of a key, then the nearest keys up to the degree.
     void link_all(int64_t y, PruneScratch& s) {
         int32_t* out = in_.adjacency + y * options_.degree;
-        s.begin(static_cast<int32_t>(y), n_);
-        for (int64_t i = reverse_.begin[y]; i < reverse_.begin[y + 1]; ++i) s.add(reverse_.members[i]);
-        for (int64_t j = 0; j < width_ && forward_[y * width_ + j] >= 0; ++j) s.add(forward_[y * width_ + j]);
-        prune_fill(in_.keys, static_cast<int32_t>(y), width_, s, out);
+        if (options_.co_occurrence) {
+            if (static_cast<int64_t>(s.weights.size()) < n_) s.weights.resize(n_, 0);
+            co_occurring(in_.query_lists, *occurrences_, y, width_, s.weights, s.candidates, out);
+        } else {
+            // The links of y as a pivot and their reverse, pruned again.
+            s.begin(static_cast<int32_t>(y), n_);
+            for (int64_t i = reverse_.begin[y]; i < reverse_.begin[y + 1]; ++i) s.add(reverse_.members[i]);
+            for (int64_t j = 0; j < width_ && forward_[y * width_ + j] >= 0; ++j) s.add(forward_[y * width_ + j]);
+            prune_fill(in_.keys, static_cast<int32_t>(y), width_, s, out);
+        }
         int64_t filled = std::find(out, out + width_, -1) - out;
         const int32_t* near = in_.key_lists.row(y);
         for (int64_t j = 0; j < in_.key_lists.width && near[j] >= 0 && filled < options_.degree; ++j)
@@ -113,6 +125,7 @@ class HeadBuild {
     HeadInput in_;
     BuildOptions options_;
     int64_t n_, width_;
+    std::unique_ptr<Occurrences> occurrences_;
     Groups by_pivot_, reverse_;
     std::vector<int32_t> forward_;
 };
@@ -152,8 +165,10 @@ int64_t build_graphs(const std::vector<HeadInput>& inputs, const BuildOptions& o
         });
     };
     over_heads([](HeadBuild& head) { head.group(); });
-    over_nodes([](HeadBuild& head, int64_t x, PruneScratch& s) { head.link_pivot(x, s); });
-    over_heads([](HeadBuild& head) { head.reverse(); });
+    if (!options.co_occurrence) {
+        over_nodes([](HeadBuild& head, int64_t x, PruneScratch& s) { head.link_pivot(x, s); });
+        over_heads([](HeadBuild& head) { head.reverse(); });
+    }
     over_nodes([](HeadBuild& head, int64_t y, PruneScratch& s) { head.link_all(y, s); });
     return repair_graphs(inputs, options, pool);
 }

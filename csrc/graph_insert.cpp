@@ -1,9 +1,11 @@
 #include "graph_insert.h"
 
 #include <algorithm>
-#include <cmath>
+#include <iterator>
+#include <memory>
 #include <utility>
 
+#include "co_occurrence.h"
 #include "prune.h"
 #include "reachability.h"
 
@@ -12,8 +14,6 @@ namespace {
 
 constexpr int64_t kQueriesPerTask = 64;
 constexpr int64_t kKeysPerTask = 16;
-// By which cosines may fail to descend: the mean key was another one when they were sorted.
-constexpr float kTolerance = 0.02f;
 
 // Members by key, in order.
 class Members {
@@ -38,11 +38,9 @@ class Members {
 struct Scratch {
     PruneScratch prune;
     std::vector<Neighbour> near;
-    std::vector<int32_t> ids, out;
-    std::vector<float> scores, centre, row;
+    std::vector<int32_t> ids, asked, earlier, out;  // s.ids: nearest keys of the key that is linked, nearest first
+    std::vector<float> scores, centred, towards;
 };
-
-bool further(const Neighbour& a, const Neighbour& b) { return nearer(b, a); }
 
 void sort_unique(std::vector<int32_t>& ids) {
     std::sort(ids.begin(), ids.end());
@@ -62,7 +60,7 @@ class HeadInsert {
     HeadInsert(const HeadGrowth& input, const BuildOptions& options, int64_t group, int64_t list_width)
         : in_(input), options_(options), group_(group), list_width_(list_width), fresh_(in_.keys.n - in_.before),
           width_(in_.keys.width()), key_links_(options.degree - options.query_links),
-          near_width_(key_links_ ? options.degree : 0), directions_(fresh_ * width_), near_(fresh_ * near_width_) {}
+          near_width_(key_links_ ? options.degree : 0), near_(fresh_ * near_width_) {}
 
     int64_t fresh() const { return fresh_; }
     int64_t pivots() const { return pivots_.size(); }
@@ -74,33 +72,28 @@ class HeadInsert {
         extend_lists(in_.keys, in_.queries + first * width_, visible + begin, end - begin, in_.before, list_width_,
                      in_.lists + first * list_width_, in_.list_scores + first * list_width_);
     }
-    void direct(int64_t i) { direction(in_.before + i, &directions_[i * width_]); }
     // The nearest of new key i: of the candidates among the old ones and of all new ones.
     void find_near(int64_t i, Scratch& s) {
         if (!near_width_) return;
-        const float* towards = directions_.data() + i * width_;
-        s.near.clear();
-        s.row.resize(width_);
         const int32_t* old = in_.near.row(i);
-        for (int64_t j = 0; j < in_.near.width && old[j] >= 0; ++j) {
-            direction(old[j], s.row.data());
-            s.near.push_back({dot(towards, s.row.data(), width_), old[j]});
-        }
-        for (int64_t j = 0; j < fresh_; ++j)
-            if (j != i)
-                s.near.push_back({dot(towards, &directions_[j * width_], width_), static_cast<int32_t>(in_.before + j)});
-        const int64_t count = std::min<int64_t>(near_width_, s.near.size());
-        std::partial_sort(s.near.begin(), s.near.begin() + count, s.near.end(), nearer);
+        s.asked.assign(old, std::find(old, old + in_.near.width, -1));
+        for (int64_t j = in_.before; j < in_.keys.n; ++j)
+            if (j != in_.before + i) s.asked.push_back(static_cast<int32_t>(j));
+        by_nearness_to(in_.before + i, s);
         int32_t* out = &near_[i * near_width_];
-        for (int64_t j = 0; j < near_width_; ++j) out[j] = j < count ? s.near[j].id : -1;
+        for (int64_t j = 0; j < near_width_; ++j) out[j] = j < static_cast<int64_t>(s.near.size()) ? s.near[j].id : -1;
     }
     void group() {
+        choose_entries();
+        if (options_.co_occurrence) {
+            name_keys();
+            return;
+        }
         for (int64_t i = 0; i < lists(); ++i)
             if (pivot(i) >= 0) by_pivot_.add(pivot(i), static_cast<int32_t>(i)), pivots_.push_back(pivot(i));
         by_pivot_.sort();
         sort_unique(pivots_);
         forward_.assign(pivots_.size() * options_.query_links, -1);
-        choose_entries();
     }
     void link_pivot(int64_t at, Scratch& s) {
         s.prune.begin(pivots_[at], in_.keys.n);
@@ -123,6 +116,7 @@ class HeadInsert {
         by_query_.sort();
         by_nearness_.sort();
         by_query_.keys(affected_);
+        affected_.insert(affected_.end(), named_.begin(), named_.end());
         by_nearness_.keys(affected_);
         for (int64_t x = in_.before; x < in_.keys.n; ++x) affected_.push_back(static_cast<int32_t>(x));
         sort_unique(affected_);
@@ -131,14 +125,12 @@ class HeadInsert {
         const int32_t y = affected_[at];
         s.out.resize(options_.degree);
         int32_t* out = s.out.data();
-        s.prune.begin(y, in_.keys.n);
-        by_query_.each(y, [&](int32_t x) { s.prune.add(x); });
+        s.earlier.clear();
         if (y < in_.before)
             reconsider(y, s);
         else
             s.ids.assign(near_.data() + (y - in_.before) * near_width_, near_.data() + (y - in_.before + 1) * near_width_);
-        prune_fill(in_.keys, y, options_.query_links, s.prune, out);
-        int64_t filled = std::find(out, out + options_.query_links, -1) - out;
+        int64_t filled = options_.co_occurrence ? link_co_occurring(y, s) : link_proposed(y, s);
         for (size_t j = 0; j < s.ids.size() && s.ids[j] >= 0 && filled < options_.degree; ++j)
             if (std::find(out, out + filled, s.ids[j]) == out + filled) out[filled++] = s.ids[j];
         std::fill(out + filled, out + options_.degree, -1);
@@ -160,42 +152,86 @@ class HeadInsert {
     int64_t lists() const { return group_ * options_.queries; }
     int32_t pivot(int64_t list) const { return in_.lists[list * list_width_]; }
 
-    // A key less the mean, of length 1.
-    void direction(int64_t id, float* out) const {
-        in_.keys.load(static_cast<int32_t>(id), out);
-        for (int64_t d = 0; d < width_; ++d) out[d] -= in_.mean[d];
-        const float scale = 1.f / std::max(std::sqrt(dot(out, out, width_)), 1e-12f);
-        for (int64_t d = 0; d < width_; ++d) out[d] *= scale;
+    // RoarGraph's: what queries propose competes with the links that earlier ones made. Returns how many are in s.out.
+    int64_t link_proposed(int32_t y, Scratch& s) {
+        s.prune.begin(y, in_.keys.n);
+        by_query_.each(y, [&](int32_t x) { s.prune.add(x); });
+        for (int32_t x : s.earlier) s.prune.add(x);
+        prune_fill(in_.keys, y, options_.query_links, s.prune, s.out.data());
+        return std::find(s.out.begin(), s.out.begin() + options_.query_links, -1) - s.out.begin();
     }
-    // An old key's own query links compete with what queries propose. s.ids: all its links, and new keys that are near
-    // to it, nearest first.
-    void reconsider(int32_t y, Scratch& s) {
+    // Those of the lists, the latest that there are, then what earlier ones left, in its order.
+    int64_t link_co_occurring(int32_t y, Scratch& s) {
+        const int64_t most = options_.query_links, local = place_of(y);
+        int64_t filled = 0;
+        if (local >= 0) {
+            if (s.prune.weights.size() < named_.size()) s.prune.weights.resize(named_.size(), 0);
+            co_occurring(named_lists(), *occurrences_, local, most, s.prune.weights, s.prune.candidates, s.out.data());
+            for (; filled < most && s.out[filled] >= 0; ++filled) s.out[filled] = named_[s.out[filled]];
+        }
+        for (size_t i = 0; i < s.earlier.size() && filled < most; ++i)
+            if (std::find(s.out.begin(), s.out.begin() + filled, s.earlier[i]) == s.out.begin() + filled)
+                s.out[filled++] = s.earlier[i];
+        return filled;
+    }
+    // The lists by places among the keys that they name, ascending: memory for these, not for all keys.
+    void name_keys() {
+        const int32_t *begin = in_.lists, *end = begin + lists() * list_width_;
+        std::copy_if(begin, end, std::back_inserter(named_), [](int32_t id) { return id >= 0; });
+        sort_unique(named_);
+        local_.reserve(lists() * list_width_);
+        for (const int32_t* id = begin; id < end; ++id) local_.push_back(place_of(*id));
+        occurrences_ = std::make_unique<Occurrences>(named_lists(), options_.queries, named_.size());
+    }
+    Lists named_lists() const { return {local_.data(), lists(), list_width_}; }
+    int32_t place_of(int32_t id) const {
+        const auto at = std::lower_bound(named_.begin(), named_.end(), id);
+        return at != named_.end() && *at == id ? static_cast<int32_t>(at - named_.begin()) : -1;
+    }
+    // s.near: the nearest to key x of s.asked, with their cosines in the metric, times the same number; near_width_ at
+    // most, nearest first.
+    void by_nearness_to(int64_t x, Scratch& s) const {
+        s.centred.resize(width_);
+        in_.keys.load(static_cast<int32_t>(x), s.centred.data());
+        for (int64_t d = 0; d < width_; ++d) s.centred[d] -= in_.mean[d];
+        s.towards = s.centred;
+        if (in_.form) {
+            std::fill(s.towards.begin(), s.towards.end(), 0.f);
+            for (int64_t c = 0; c < width_; ++c) {
+                const float* row = in_.form + c * width_;
+                const float factor = s.centred[c];
+#pragma omp simd
+                for (int64_t d = 0; d < width_; ++d) s.towards[d] += factor * row[d];
+            }
+        }
+        const float of_mean = dot(s.towards.data(), in_.mean, width_);
+        s.scores.resize(s.asked.size());
+        in_.keys.score(s.towards.data(), s.asked.data(), s.asked.size(), s.scores.data());
         s.near.clear();
-        s.centre.resize(width_);
-        s.row.resize(width_);
-        direction(y, s.centre.data());
-        auto consider = [&](int32_t id) {
-            direction(id, s.row.data());
-            s.near.push_back({dot(s.centre.data(), s.row.data(), width_), id});
-        };
-        in_.links.each(y, consider);
-        if (in_.links.segments > 1) std::stable_sort(s.near.begin(), s.near.end(), further);
-        const int64_t count = query_links_of(s.near);
-        for (int64_t j = 0; j < count; ++j) s.prune.add(s.near[j].id);
-        by_nearness_.each(y, consider);
-        std::sort(s.near.begin(), s.near.end(), nearer);
-        s.ids.clear();
-        for (const Neighbour& one : s.near) s.ids.push_back(one.id);
+        for (size_t i = 0; i < s.asked.size(); ++i)
+            s.near.push_back({(s.scores[i] - of_mean) * in_.reciprocals[s.asked[i]], s.asked[i]});
+        const int64_t count = std::min<int64_t>(near_width_, s.near.size());
+        std::partial_sort(s.near.begin(), s.near.begin() + count, s.near.end(), nearer);
+        s.near.resize(count);
     }
-    // Links have no kind, but an order: query links, then key links, nearest first. The latter are the end of the row, as
-    // far as it descends. Where the layout has lost the order (and they were sorted, furthest first), they are taken to be
-    // the nearest key_links_, as many as a key has at least.
-    int64_t query_links_of(const std::vector<Neighbour>& row) const {
-        auto count = static_cast<int64_t>(row.size());
-        if (in_.links.segments > 1 || !key_links_) return std::max<int64_t>(count - key_links_, 0);
-        for (count = std::max<int64_t>(count - 1, 0); count > 0; --count)
-            if (row[count - 1].score < row[count].score - kTolerance) break;
-        return std::min(count, options_.query_links);
+    // s.earlier: an old key's links by queries, in their order; s.ids: all its links, and new keys that are near to it,
+    // nearest first. Links have no kind, but an order: those by queries come first, query_links at most; key links in
+    // places that they left are taken for them. Where the layout has lost the order, all but the nearest key_links_ are.
+    void reconsider(int32_t y, Scratch& s) {
+        s.asked.clear();
+        s.ids.clear();
+        in_.links.each(y, [&](int32_t id) { s.asked.push_back(id); });
+        const auto count = static_cast<int64_t>(s.asked.size());
+        const bool ordered = in_.links.segments <= 1 || !near_width_;
+        if (ordered) s.earlier.assign(s.asked.begin(), s.asked.begin() + std::min(count, options_.query_links));
+        if (!near_width_) return;
+        if (!ordered && count > key_links_) {
+            by_nearness_to(y, s);
+            for (int64_t i = key_links_; i < count; ++i) s.earlier.push_back(s.near[i].id);
+        }
+        by_nearness_.each(y, [&](int32_t id) { s.asked.push_back(id); });
+        by_nearness_to(y, s);
+        for (const Neighbour& one : s.near) s.ids.push_back(one.id);
     }
     bool all_reachable() const {
         std::vector<uint8_t> met(in_.keys.n, 0);
@@ -235,9 +271,10 @@ class HeadInsert {
     HeadGrowth in_;
     BuildOptions options_;
     int64_t group_, list_width_, fresh_, width_, key_links_, near_width_;
-    std::vector<float> directions_;            // [fresh, width]
     std::vector<int32_t> near_;                // [fresh, near width], -1 pads
     std::vector<int32_t> pivots_, forward_;    // ascending; their links [pivots, query links], -1 pads
+    std::vector<int32_t> named_, local_;       // keys that lists name, ascending; the lists by places among these
+    std::unique_ptr<Occurrences> occurrences_;
     std::vector<int32_t> affected_;            // ascending
     Members by_pivot_, by_query_, by_nearness_;  // lists of a pivot; keys proposed to a key
 };
@@ -265,7 +302,6 @@ int64_t insert_keys(const std::vector<HeadGrowth>& inputs, const BuildOptions& o
         head.extend(i / parts, begin, std::min(begin + kQueriesPerTask, options.queries), visible);
     });
     const auto fresh = [](const HeadInsert& head) { return head.fresh(); };
-    over_items(fresh, kKeysPerTask, [](HeadInsert& head, int64_t i, Scratch&) { head.direct(i); });
     over_items(fresh, kKeysPerTask, [](HeadInsert& head, int64_t i, Scratch& s) { head.find_near(i, s); });
     over_heads([](HeadInsert& head) { head.group(); });
     over_items([](const HeadInsert& head) { return head.pivots(); }, kKeysPerTask,

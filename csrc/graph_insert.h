@@ -16,13 +16,16 @@ struct HeadGrowth {
     int32_t* lists;        // [group, queries, list width], -1 pads: their nearest old keys, to which new ones are added
     float* list_scores;    // likewise, -inf pads
     Lists near;            // [keys.n - before, width]: old keys among which the nearest of each new key are looked for
-    const float* mean;     // [keys.width()], of the keys
+    const float* mean;     // [keys.width()], of the keys that the graph was built over
+    const float* form;     // [keys.width()] twice: the metric's, symmetric; null for the plain cosine
+    const float* reciprocals;  // [keys.n]: 1 / length in the metric of a key less the mean, 0 where there is none
     Links links;           // of all keys, of which the new ones' rows are written and some others' changed
     int32_t* entries;      // [num_entries], -1 pads at the end
 };
 
-// Projects the lists, as build_graphs does, to links of the keys that they concern, and links every new key to its
-// nearest by mean-centred cosine, and these to it where it is nearer than what they have. Query i of each query head sees
+// Makes links of the lists, as build_graphs does, for the keys that they concern, and links every new key to its nearest
+// by mean-centred cosine in the metric, and these to it where it is nearer than what they have. Of an old key that few
+// lists name the links by earlier queries stay. Query i of each query head sees
 // the keys 0 .. visible[i] - 1, all old ones among them, visible non-decreasing. `options.queries` is their number.
 // Half of the entries become the keys most often ranked first by the last queries; what is cut off is linked. Returns the
 // number of keys that had to be linked to become reachable. The same for any number of threads.

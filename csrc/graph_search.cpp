@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <functional>
 #include <limits>
 
 namespace rag {
@@ -31,20 +32,26 @@ float score_of(uint64_t e) {
 
 }  // namespace
 
-void BeamSearch::start(const Graph& graph, const float* query, int64_t width) {
+void BeamSearch::start(const Graph& graph, const float* query, int64_t width, const int32_t* near, int64_t num_near) {
     graph_ = &graph;
     query_ = query;
-    const int64_t n = graph.keys.n, batch = std::max(graph.links.slots, graph.num_entries);
+    const int64_t n = graph.keys.n, batch = std::max(graph.links.slots, num_near + graph.num_entries);
     width_ = std::min(width, n);
     if (static_cast<int64_t>(seen_.size()) < n) seen_.assign(n, 0), epoch_ = 0;
     if (++epoch_ == 0) std::fill(seen_.begin(), seen_.end(), 0), epoch_ = 1;
     if (static_cast<int64_t>(beam_.size()) < width_ + 1) beam_.resize(width_ + 1);
-    if (static_cast<int64_t>(scores_.size()) < batch) fresh_.resize(batch + 1), scores_.resize(batch), good_.resize(batch + 1);
+    hold(batch);
     filled_ = next_ = fresh_count_ = scored_ = 0;
     expanding_ = -1;
-    gather([&graph](auto&& meet) {
+    gather([&](auto&& meet) {
+        for (int64_t i = 0; i < num_near && near[i] >= 0; ++i) meet(near[i]);
         for (int64_t i = 0; i < graph.num_entries && graph.entries[i] >= 0; ++i) meet(graph.entries[i]);
     });
+}
+
+// Room for `batch` keys scored at a time.
+void BeamSearch::hold(int64_t batch) {
+    if (static_cast<int64_t>(scores_.size()) < batch) fresh_.resize(batch + 1), scores_.resize(batch), good_.resize(batch + 1);
 }
 
 // Lists the keys that `each` names and that were not met before.
@@ -115,7 +122,18 @@ void BeamSearch::insert(uint64_t candidate) {
     next_ = std::min(next_, at);
 }
 
-int64_t BeamSearch::finish(int64_t k, int32_t* ids, float* scores) const {
+// Scores the whole beam anew: what a compact copy puts too low is still near the k best.
+void BeamSearch::rank_exactly() {
+    hold(filled_);
+    for (int64_t i = 0; i < filled_; ++i) fresh_[i] = id_of(beam_[i]);
+    graph_->exact.score(query_, fresh_.data(), filled_, scores_.data());
+    scored_ += filled_;
+    for (int64_t i = 0; i < filled_; ++i) beam_[i] = entry(scores_[i], fresh_[i]);
+    std::sort(beam_.begin(), beam_.begin() + filled_, std::greater<>());
+}
+
+int64_t BeamSearch::finish(int64_t k, int32_t* ids, float* scores) {
+    if (graph_->exact.data) rank_exactly();
     for (int64_t i = 0; i < k; ++i) {
         ids[i] = i < filled_ ? id_of(beam_[i]) : -1;
         scores[i] = i < filled_ ? score_of(beam_[i]) : -std::numeric_limits<float>::infinity();
@@ -123,8 +141,8 @@ int64_t BeamSearch::finish(int64_t k, int32_t* ids, float* scores) const {
     return scored_;
 }
 
-void search_graph(const Graph& graph, const float* queries, int64_t count, int64_t k, int64_t ef, int32_t* ids,
-                  float* scores, int64_t* keys_scored) {
+void search_graph(const Graph& graph, const float* queries, int64_t count, const int32_t* near, int64_t num_near,
+                  int64_t k, int64_t ef, int32_t* ids, float* scores, int64_t* keys_scored) {
     constexpr int64_t kTurns = 8;
     thread_local std::array<BeamSearch, kTurns> searches;
     for (int64_t first = 0; first < count; first += kTurns) {
@@ -133,7 +151,7 @@ void search_graph(const Graph& graph, const float* queries, int64_t count, int64
         int64_t left = 0;
         for (int64_t i = first; i < last; ++i) {
             going[left] = &searches[i - first];
-            going[left++]->start(graph, queries + i * graph.keys.width(), std::max(ef, k));
+            going[left++]->start(graph, queries + i * graph.keys.width(), std::max(ef, k), near + i * num_near, num_near);
         }
         while (left) {
             int64_t on = 0;

@@ -9,10 +9,11 @@
 namespace rag {
 
 struct Graph {
-    Rows keys;
+    Rows keys;  // that the search walks by
     Links links;
     const int32_t* entries;  // [num_entries], -1 pads at the end
     int64_t num_entries;
+    Rows exact = {};  // keys that the beam is ranked by in the end; without data: those it walks by
 };
 
 // One query's search with a beam of the `width` best keys met. After `start`, `step` until it says false, then `finish`.
@@ -20,17 +21,19 @@ struct Graph {
 // step in turns wait less. Buffers are reused over queries: nothing is allocated or cleared per query.
 class BeamSearch {
    public:
-    // graph and query must outlive the search.
-    void start(const Graph& graph, const float* query, int64_t width);
+    // Starts from near [num_near], -1 pads at the end, and the graph's entries. graph and query must outlive the search.
+    void start(const Graph& graph, const float* query, int64_t width, const int32_t* near, int64_t num_near);
     bool step();
     // ids, scores [k], best first, -1 / -inf pads. Returns the number of inner products computed.
-    int64_t finish(int64_t k, int32_t* ids, float* scores) const;
+    int64_t finish(int64_t k, int32_t* ids, float* scores);
 
    private:
     template <class Each>
     void gather(Each&& each);
+    void hold(int64_t batch);
     void absorb();
     void insert(uint64_t candidate);
+    void rank_exactly();
 
     const Graph* graph_ = nullptr;
     const float* query_ = nullptr;
@@ -43,10 +46,10 @@ class BeamSearch {
     std::vector<float> scores_;
 };
 
-// Searches queries [count, width()] of one graph, up to eight in turns, each with a beam of max(ef, k). ids, scores
-// [count, k] and keys_scored [count] as `finish` tells them.
-void search_graph(const Graph& graph, const float* queries, int64_t count, int64_t k, int64_t ef, int32_t* ids,
-                  float* scores, int64_t* keys_scored);
+// Searches queries [count, width()] of one graph, up to eight in turns, each with a beam of max(ef, k) and from its own
+// of near [count, num_near]. ids, scores [count, k] and keys_scored [count] as `finish` tells them.
+void search_graph(const Graph& graph, const float* queries, int64_t count, const int32_t* near, int64_t num_near,
+                  int64_t k, int64_t ef, int32_t* ids, float* scores, int64_t* keys_scored);
 
 // Each id of ids [width] once, plus `first`, in the order met, then -1 pads: out [width]. Negative ids are pads. Returns
 // how many there are.

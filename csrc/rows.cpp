@@ -1,8 +1,12 @@
 #include "rows.h"
 
 #include <cstring>
+#include <stdexcept>
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#include "row_kernels.h"
+
+// ThreadSanitizer is not there yet when the loader chooses a clone.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__) && !defined(__SANITIZE_THREAD__)
 #define RAG_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define RAG_CLONES
@@ -39,34 +43,19 @@ struct BFloat {
 };
 
 template <class T>
-inline __attribute__((always_inline)) void score_rows(const float* query, const Rows& rows, const int32_t* ids,
-                                                      int64_t count, float* out) {
+void score_rows(const Rows& rows, const float* query, const int32_t* ids, int64_t count, float* out) {
     const T* base = static_cast<const T*>(rows.data);
-    const int64_t dim = rows.dim;
-    constexpr int64_t kAhead = 4;
-    constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t i = 0; i < count; ++i) {
-        if (i + kAhead < count) {
-            const T* next = base + ids[i + kAhead] * rows.stride;
-            for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(next + d);
-        }
+        if (i + kRowsAhead < count) rows.prefetch(ids[i + kRowsAhead]);
         const T* row = base + ids[i] * rows.stride;
         float sum = 0.f;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t d = 0; d < dim; ++d) sum += query[d] * static_cast<float>(row[d]);
-        out[i] = sum;
+        for (int64_t d = 0; d < rows.dim; ++d) sum += query[d] * static_cast<float>(row[d]);
+        out[i] = rows.scales ? sum * rows.scales[ids[i]] : sum;
     }
 }
 
-RAG_CLONES void score_float(const float* q, const Rows& r, const int32_t* ids, int64_t n, float* out) {
-    score_rows<float>(q, r, ids, n, out);
-}
-RAG_CLONES void score_half(const float* q, const Rows& r, const int32_t* ids, int64_t n, float* out) {
-    score_rows<Half>(q, r, ids, n, out);
-}
-RAG_CLONES void score_bfloat(const float* q, const Rows& r, const int32_t* ids, int64_t n, float* out) {
-    score_rows<BFloat>(q, r, ids, n, out);
-}
+const RowKernel kPlain{"plain", {score_rows<float>, score_rows<Half>, score_rows<BFloat>, score_rows<int8_t>}};
 
 template <class T>
 inline __attribute__((always_inline)) void add_rows(const Rows& rows, const Rows::Term* terms, int64_t count,
@@ -101,7 +90,8 @@ RAG_CLONES void add_bfloat(const Rows& r, const Rows::Term* terms, int64_t n, fl
 template <class T>
 void load_row(const Rows& rows, int32_t id, float* out) {
     const T* row = static_cast<const T*>(rows.data) + id * rows.stride;
-    for (int64_t d = 0; d < rows.dim; ++d) out[d] = static_cast<float>(row[d]);
+    const float scale = rows.scales ? rows.scales[id] : 1.f;
+    for (int64_t d = 0; d < rows.dim; ++d) out[d] = scale * static_cast<float>(row[d]);
 }
 
 }  // namespace
@@ -116,12 +106,25 @@ RAG_CLONES bool any_above(const float* row, const float* rows, int64_t count, in
     return false;
 }
 
+const std::vector<RowKernel>& row_kernels() {
+    static const std::vector<RowKernel> kernels = [] {
+        std::vector<RowKernel> found;
+#ifdef RAG_X86
+        __builtin_cpu_init();
+        if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+            found.push_back(kAvx512);
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+            found.push_back(kAvx2);
+#endif
+        found.push_back(kPlain);
+        return found;
+    }();
+    return kernels;
+}
+
 void Rows::score(const float* query, const int32_t* ids, int64_t count, float* out) const {
-    switch (dtype) {
-        case Dtype::float32: score_float(query, *this, ids, count, out); break;
-        case Dtype::float16: score_half(query, *this, ids, count, out); break;
-        case Dtype::bfloat16: score_bfloat(query, *this, ids, count, out); break;
-    }
+    static const RowKernel best = row_kernels().front();
+    best.score[static_cast<int>(dtype)](*this, query, ids, count, out);
     if (extra)
         for (int64_t i = 0; i < count; ++i) out[i] += query[dim] * extra[ids[i]];
 }
@@ -131,6 +134,7 @@ void Rows::load(int32_t id, float* out) const {
         case Dtype::float32: load_row<float>(*this, id, out); break;
         case Dtype::float16: load_row<Half>(*this, id, out); break;
         case Dtype::bfloat16: load_row<BFloat>(*this, id, out); break;
+        case Dtype::int8: load_row<int8_t>(*this, id, out); break;
     }
     if (extra) out[dim] = extra[id];
 }
@@ -140,6 +144,7 @@ void Rows::add(const Term* terms, int64_t count, float* out) const {
         case Dtype::float32: add_float(*this, terms, count, out); break;
         case Dtype::float16: add_half(*this, terms, count, out); break;
         case Dtype::bfloat16: add_bfloat(*this, terms, count, out); break;
+        case Dtype::int8: throw std::invalid_argument("rows: got int8, allowed: float32, float16 or bfloat16");
     }
 }
 

@@ -2,7 +2,8 @@
 
 from model_hub.llm import LLM, GenerationTiming
 from model_hub.loading import load_model, load_tokenizer
+from model_hub.prefix import Prefix
 from model_hub.sampling import Sampler
 from model_hub.spec import ModelSpec
 
-__all__ = ["LLM", "GenerationTiming", "ModelSpec", "Sampler", "load_model", "load_tokenizer"]
+__all__ = ["LLM", "GenerationTiming", "ModelSpec", "Prefix", "Sampler", "load_model", "load_tokenizer"]

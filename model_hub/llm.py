@@ -130,7 +130,7 @@ class LLM:
         self.timing = GenerationTiming(
             prefilled - start, prepared - prefilled, perf_counter() - prepared, decode_steps=rest.shape[1]
         )
-        return [_until_stop(sequence, stop_ids) for sequence in tokens]
+        return [until_stop(sequence, stop_ids) for sequence in tokens]
 
     def init_cache(
         self,
@@ -289,6 +289,7 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _until_stop(tokens: list[int], stop_ids: Collection[int]) -> list[int]:
+def until_stop(tokens: list[int], stop_ids: Collection[int]) -> list[int]:
+    """The tokens up to the first stop token, which is kept."""
     ends = [index for index, token in enumerate(tokens) if token in stop_ids]
     return tokens[: ends[0] + 1] if ends else tokens

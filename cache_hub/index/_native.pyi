@@ -9,6 +9,7 @@ class KeyStore:
         head_stride: int,
         row_stride: int,
         extra: int = 0,
+        scales: int = 0,
     ) -> None: ...
 
 def build(
@@ -21,6 +22,7 @@ def build(
     key_list_width: int,
     degree: int,
     query_links: int,
+    co_occurrence: bool,
     num_entries: int,
     num_threads: int,
     adjacency: int,
@@ -51,8 +53,11 @@ def insert(
     near: int,
     near_width: int,
     mean: int,
+    form: int,
+    reciprocals: int,
     degree: int,
     query_links: int,
+    co_occurrence: bool,
     num_entries: int,
     num_threads: int,
     links: int,
@@ -73,13 +78,18 @@ def search(
     num_entries: int,
     queries: int,
     group: int,
+    near: int,
+    num_near: int,
     k: int,
     ef: int,
     num_threads: int,
     ids: int,
     scores: int,
     keys_scored: int,
+    exact: KeyStore | None,
 ) -> None: ...
+def row_kernels() -> list[str]: ...
+def score(keys: KeyStore, kernel: int, query: int, ids: int, count: int, scores: int) -> None: ...
 def pack_links(ids: int, rows: int, width: int, segments: int, slots: int, out: int) -> None: ...
 def unpack_links(links: int, rows: int, slots: int, segments: int, out: int) -> None: ...
 def unite(ids: int, rows: int, width: int, first: int, positions: int) -> list[int]: ...

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+
+Index = TypeVar("Index", bound="TokenIndex")
 
 
 @dataclass
@@ -25,6 +29,8 @@ class SearchResult:
 class TokenIndex(ABC):
     """Index over the rows R = batch * kv_heads of one layer; g query heads share a row's keys."""
 
+    strategy: ClassVar[str]  # its name in INDEXES
+    search_options: ClassVar[frozenset[str]] = frozenset()  # those that a built index may change
     build_seconds: dict[str, float]  # seconds of the last build by stage
 
     @abstractmethod
@@ -56,8 +62,54 @@ class TokenIndex(ABC):
         """
 
     @abstractmethod
-    def search(self, queries: Tensor, k: int) -> SearchResult:
-        """The k keys of largest inner product with each of queries [R, g, D], as well as the index finds them."""
+    def search(self, queries: Tensor, k: int, near: Tensor | None = None) -> SearchResult:
+        """The k keys of largest inner product with each of queries [R, g, D], as well as the index finds them.
+
+        near [R, g, w] int32 on the CPU, -1 pads at the end: keys that may be close to those wanted, such as what the
+        step before found; an index may start from them. Raises ValueError for shapes that do not fit and ids of no key.
+        """
+
+    def save(self, path: str | Path) -> str:
+        """Writes what the build made, without the keys it refers to, to a new safetensors file; returns its digest.
+
+        Raises FileExistsError where there is a file, OSError where it cannot be written.
+        """
+        from .persistence import save_index
+
+        return save_index(self, path)
+
+    @classmethod
+    def load(
+        cls: type[Index],
+        path: str | Path,
+        keys: Tensor,
+        extra: Tensor | None = None,
+        num_threads: int | None = None,
+        **options: Any,
+    ) -> Index:
+        """The index of a file, over the keys [R, N, D] (and extra) that it was built for; it finds what that found.
+
+        The file's tensors are mapped, not copied, where the index can use them so. options: in place of the file's;
+        those of the build must be the same. Raises ValueError with the reason for a file that is truncated, corrupted,
+        of another version or strategy, for other keys, for links that lead nowhere, and for other options of the build.
+        """
+        from .persistence import load_index
+
+        index = load_index(cls, path, keys, extra, num_threads, options)
+        assert isinstance(index, cls)
+        return index
+
+    @abstractmethod
+    def state(self) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """What `save` writes, and the keys and extra of the build."""
+
+    @abstractmethod
+    def restore(self, tensors: dict[str, Tensor], keys: Tensor, extra: Tensor | None) -> None:
+        """In place of `build`: takes the tensors of `state`. ValueError for any that could not come from there."""
+
+    def all_options(self) -> dict[str, Any]:
+        """The keywords of the constructor, beside num_threads."""
+        return {}
 
     @property
     @abstractmethod
@@ -114,12 +166,21 @@ def check_insert(
         raise ValueError(f"positions: got {int(positions[0])}, allowed: at least {before - 1}, all indexed keys seen")
 
 
-def check_search(queries: Tensor, k: int, rows: int, dim: int) -> None:
-    """Raises ValueError unless queries are [rows, g, dim] and k is positive."""
+def check_search(queries: Tensor, k: int, rows: int, dim: int, near: Tensor | None = None, n: int = 0) -> None:
+    """Raises ValueError unless queries are [rows, g, dim], k is positive and near [rows, g, w] names some of n keys."""
     if queries.dim() != 3 or (queries.shape[0], queries.shape[2]) != (rows, dim):
         raise ValueError(f"queries: got shape {tuple(queries.shape)}, allowed: [{rows}, g, {dim}]")
     if k < 1:
         raise ValueError(f"k: got {k}, allowed: >= 1")
+    if near is None:
+        return
+    if near.shape[:-1] != queries.shape[:2] or near.dtype != torch.int32 or near.device.type != "cpu":
+        shape = [rows, queries.shape[1], "w"]
+        raise ValueError(
+            f"near: got {near.dtype} {list(near.shape)} on {near.device}, allowed: torch.int32 {shape}, cpu"
+        )
+    if near.numel() and not -1 <= int(near.min()) <= int(near.max()) < n:
+        raise ValueError(f"near: got ids from {int(near.min())} to {int(near.max())}, allowed: -1 to {n - 1}")
 
 
 def lift(states: Tensor, extra: Tensor | float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,14 +37,17 @@ class FaissIndex(TokenIndex):
         check_build(keys, queries, positions, extra)
         _check_keys(keys)
         begin = time.perf_counter()
-        self._shape, self._lifted = keys.shape, extra is not None
+        self._make_rows(keys, extra, lambda row, vectors: self.build_row(vectors))
+        self.build_seconds["index"] = time.perf_counter() - begin
+
+    def _make_rows(self, keys: Tensor, extra: Tensor | None, make: Callable[[int, np.ndarray], Any]) -> None:
+        self._keys, self._extra = keys, extra
         self._rows: list[Any] = [None] * len(keys)
 
         def work(row: int) -> None:
-            self._rows[row] = self.build_row(_vectors(keys, extra, row, 0))
+            self._rows[row] = make(row, _vectors(keys, extra, row, 0))
 
         in_parallel(work, [(row,) for row in range(len(keys))], keys.device, self.num_threads)
-        self.build_seconds["index"] = time.perf_counter() - begin
 
     def insert(
         self,
@@ -53,19 +57,34 @@ class FaissIndex(TokenIndex):
         extra: Tensor | None = None,
     ) -> None:
         """See TokenIndex.insert; the queries are not used."""
-        check_insert(keys, self._shape, self._lifted, queries, positions, extra)
+        check_insert(keys, self._keys.shape, self._extra is not None, queries, positions, extra)
         _check_keys(keys)
 
         def work(row: int) -> None:
-            self.add_to_row(self._rows[row], _vectors(keys, extra, row, self._shape[1]))
+            self.add_to_row(self._rows[row], _vectors(keys, extra, row, self._keys.shape[1]))
 
         in_parallel(work, [(row,) for row in range(len(keys))], keys.device, self.num_threads)
-        self._shape = keys.shape
+        self._keys, self._extra = keys, extra
 
-    def search(self, queries: Tensor, k: int) -> SearchResult:
+    def state(self) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """See TokenIndex.state: of every row what row_state gives, without faiss's copy of the keys."""
+        tensors: dict[str, Tensor] = {}
+        for row, built in enumerate(self._rows):
+            tensors |= {f"{name}.{row}": tensor for name, tensor in self.row_state(built).items()}
+        return tensors, self._keys, self._extra
+
+    def restore(self, tensors: dict[str, Tensor], keys: Tensor, extra: Tensor | None) -> None:
+        """See TokenIndex.restore; faiss makes its copy of the keys again, which is all the work there is."""
+        by_row: dict[str, dict[str, Tensor]] = {str(row): {} for row in range(len(keys))}
+        for full_name, tensor in tensors.items():
+            name, _, row = full_name.rpartition(".")
+            by_row.setdefault(row, {})[name] = tensor
+        self._make_rows(keys, extra, lambda row, vectors: self.restore_row(vectors, by_row[str(row)]))
+
+    def search(self, queries: Tensor, k: int, near: Tensor | None = None) -> SearchResult:
         """See TokenIndex.search."""
-        check_search(queries, k, len(self._rows), self._shape[2])
-        asked = asked_vectors(queries, self._lifted).numpy()
+        check_search(queries, k, len(self._rows), self._keys.shape[2])
+        asked = asked_vectors(queries, self._extra is not None).numpy()
         shape = (*queries.shape[:2], k)
         ids, scores = np.empty(shape, np.int32), np.empty(shape, np.float32)
         keys_scored = np.empty(shape[:2], np.int64)
@@ -92,6 +111,14 @@ class FaissIndex(TokenIndex):
     @abstractmethod
     def add_to_row(self, row: Any, keys: np.ndarray) -> None:
         """Adds keys [n, D] float32 behind those that the row has."""
+
+    @abstractmethod
+    def row_state(self, row: Any) -> dict[str, Tensor]:
+        """Tensors of one row from which restore_row makes it again, without a copy of the keys."""
+
+    @abstractmethod
+    def restore_row(self, keys: np.ndarray, state: dict[str, Tensor]) -> Any:
+        """One row over the keys [N, D] float32 of its build. ValueError for a state that does not fit them."""
 
     @abstractmethod
     def search_row(self, row: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

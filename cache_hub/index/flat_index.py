@@ -13,6 +13,8 @@ from .key_store import as_key_store
 class FlatIndex(TokenIndex):
     """Scores every key, in CPU memory, in float32; adds no bytes to the store. knn.exact_topk is the same in torch."""
 
+    strategy = "flat"
+
     def __init__(self, num_threads: int | None = None) -> None:
         self.num_threads = num_threads or torch.get_num_threads()
         self.build_seconds = {}
@@ -24,6 +26,14 @@ class FlatIndex(TokenIndex):
         check_build(keys, queries, positions, extra)
         self.keys, self.extra = keys, extra
         self._store = as_key_store(keys, extra)
+
+    def state(self) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """See TokenIndex.state: nothing, what matters is that the keys are those."""
+        return {}, self.keys, self.extra
+
+    def restore(self, tensors: dict[str, Tensor], keys: Tensor, extra: Tensor | None) -> None:
+        """See TokenIndex.restore."""
+        self.build(keys, keys[:, None, :0], None, extra)
 
     def insert(
         self,
@@ -37,7 +47,7 @@ class FlatIndex(TokenIndex):
         self._store = as_key_store(keys, extra)
         self.keys, self.extra = keys, extra
 
-    def search(self, queries: Tensor, k: int) -> SearchResult:
+    def search(self, queries: Tensor, k: int, near: Tensor | None = None) -> SearchResult:
         """See TokenIndex.search; exact, lower ids first among equal scores."""
         rows, n, dim = self.keys.shape
         check_search(queries, k, rows, dim)

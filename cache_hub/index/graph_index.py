@@ -12,21 +12,44 @@ from config import GraphConfig
 
 from . import _native
 from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_insert, check_search, lift
-from .key_store import as_key_store
+from .key_store import CompactKeys, as_key_store
 from .knn import causal_knn, key_knn
 from .links import PackedLinks
+from .metric import LATE_QUERIES, KeyMetric, query_moment, square_root
+from .tensor_file import check_ids, take
+
+# Of the key links' metric: keys that other queries tell apart stay apart.
+_RIDGE = 0.3
+# Of which insertion makes float32 copies at a time.
+_KEYS_AT_ONCE = 1 << 14
 
 
 class AttentionAwareGraphIndex(TokenIndex):
     """One graph per kv head, built from the exact causal neighbour lists of all its query heads.
 
-    A key's links: up to key_degree - key_links projected from queries (keys that the same queries want), the rest the
-    nearest keys by mean-centred cosine. The graph holds ids; search reads the KV store, or one compact copy where
-    index_dtype differs from the store's dtype. Options are those of config.GraphConfig.
+    A key's links: up to key_degree - key_links made from queries (keys that the same queries want), the rest the
+    nearest keys by mean-centred cosine in the metric of attention (metric.py). The graph holds ids; search reads the KV
+    store, or one copy where index_dtype differs from the store's dtype. After a walk by an int8 copy the store ranks
+    the beam. Options are those of config.GraphConfig.
 
     After build: links (PackedLinks: 2 bytes for each of key_degree places), entries [R, num_entries] int32 (-1 pads),
     repaired_keys (how many had to be linked to become reachable) and build_seconds by stage.
     """
+
+    strategy = "attention_aware_graph"
+    # Those of the build that no longer matter once the links are there, and those of the cache, are among them.
+    search_options = frozenset(
+        {
+            "ef_search",
+            "top_k",
+            "warm_start",
+            "graph_build_batch",
+            "knn_backend",
+            "estimation",
+            "estimation_budget",
+            "insert_batch",
+        }
+    )
 
     def __init__(self, num_threads: int | None = None, **options: Any) -> None:
         self.options = GraphConfig(**options)
@@ -46,15 +69,14 @@ class AttentionAwareGraphIndex(TokenIndex):
         by_query = causal_knn(keys_there, queries, positions, o.q_knn, *how, extra=extra)
         clock.stage("query_key_knn")
         wanted = o.key_degree if o.key_links else 0
-        by_key = key_knn(keys_there, wanted, *how, extra=extra)
+        root = self._root(queries, extra is not None)
+        by_key = key_knn(keys_there, wanted, *how, extra=extra, root=root)
+        self._metric = KeyMetric.of(keys, extra, root) if o.key_links else None
         clock.stage("key_key_knn")
 
-        dtype = keys.dtype if o.index_dtype == "auto" else getattr(torch, o.index_dtype)
-        self.keys = keys.to(dtype)
-        self._key_sums: Tensor | None = None
-        self._copied = self.keys is not keys
-        self.extra = extra
-        self._store = as_key_store(self.keys, extra)
+        self._walk_by(keys, keys.to(self._index_dtype(keys)), extra)
+        self._compact = CompactKeys.of(keys) if o.index_dtype == "int8" else None
+        self._reciprocals = torch.empty(rows, 0)
         self.entries = torch.empty(rows, o.num_entries, dtype=torch.int32)
         degree = PackedLinks.capacity(keys.shape[1], o.key_degree)
         if queries.is_cuda:
@@ -64,6 +86,55 @@ class AttentionAwareGraphIndex(TokenIndex):
             links = self._build_on_cpu(keys, by_query, by_key, degree)
         self.links = PackedLinks.pack(links, o.key_degree)
         clock.stage("projection")
+
+    def _index_dtype(self, keys: Tensor) -> torch.dtype:
+        """Of the keys that the walk, or what ranks the beam after it, reads."""
+        named = self.options.index_dtype
+        return keys.dtype if named in ("auto", "int8") else getattr(torch, named)
+
+    def _walk_by(self, built_for: Tensor, keys: Tensor, extra: Tensor | None) -> None:
+        self._built_for, self.keys, self.extra = built_for, keys, extra
+        self._copied = keys is not built_for
+        self._store = as_key_store(keys, extra)
+
+    def state(self) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """See TokenIndex.state."""
+        tensors = {"entries": self.entries, "links": self.links.data}
+        tensors["repaired_keys"] = torch.tensor(self.repaired_keys)
+        if self._copied:
+            tensors["keys"] = self.keys
+        if self._compact:
+            tensors |= vars(self._compact)
+        if self._metric is not None:
+            tensors["mean"] = self._metric.mean
+            if self._metric.root is not None:
+                tensors["root"] = self._metric.root
+        return tensors, self._built_for, self.extra
+
+    def restore(self, tensors: dict[str, Tensor], keys: Tensor, extra: Tensor | None) -> None:
+        """See TokenIndex.restore; links, entries and the compact copy stay where the tensors are."""
+        (rows, n, _), o, dtype = keys.shape, self.options, self._index_dtype(keys)
+        self.entries = take(tensors, "entries", (rows, o.num_entries), torch.int32)
+        check_ids(self.entries, "entries", n)
+        check_ids(self.entries[:, 0], "first entries", n, start=0)
+        links = tensors.pop("links", torch.empty(0, 0, 0))
+        if links.shape[:2] != (rows, n):
+            raise ValueError(f"links: got {list(links.shape)}, allowed: [{rows}, {n}, places], for the keys")
+        self.links = PackedLinks.checked(links, o.key_degree)
+        self.repaired_keys = int(take(tensors, "repaired_keys", (), torch.int64))
+        self._walk_by(keys, keys if dtype == keys.dtype else take(tensors, "keys", keys.shape, dtype), extra)
+        self._metric, self._reciprocals = None, torch.empty(rows, 0)
+        if o.key_links:
+            width = keys.shape[2] + (extra is not None)
+            mean = take(tensors, "mean", (rows, width), torch.float32)
+            with_root = "root" in tensors  # none for the plain cosine, and where the build had no queries
+            root = take(tensors, "root", (rows, width, width), torch.float32) if with_root else None
+            self._metric = KeyMetric(mean, root)
+        self._compact = None
+        if o.index_dtype == "int8":
+            codes = take(tensors, "codes", keys.shape, torch.int8)
+            scales = take(tensors, "scales", (rows, n), torch.float32)
+            self._compact = CompactKeys(codes, scales, take(tensors, "means", (rows, keys.shape[2]), torch.float32))
 
     def _build_on_cpu(self, keys: Tensor, by_query: Tensor, by_key: Tensor, degree: int) -> Tensor:
         o = self.options
@@ -80,6 +151,7 @@ class AttentionAwareGraphIndex(TokenIndex):
             by_key.shape[2],
             degree,
             min(o.key_degree - o.key_links, degree),
+            self._by_co_occurrence,
             o.num_entries,
             self.num_threads,
             links.data_ptr(),
@@ -87,13 +159,27 @@ class AttentionAwareGraphIndex(TokenIndex):
         )
         return links
 
+    @property
+    def _by_co_occurrence(self) -> bool:
+        """Whether that is how query lists make links; "auto" is RoarGraph's projection for the paper's recipe alone."""
+        o = self.options
+        return o.projection == "co_occurrence" or (o.projection == "auto" and o.key_links > 0)
+
+    def _root(self, queries: Tensor, lifted: bool) -> Tensor | None:
+        """Of key_knn for queries [R, g, M, D]; None for the plain cosine, and without queries."""
+        if self.options.key_metric == "cosine" or not self.options.key_links or queries.shape[2] == 0:
+            return None
+        late = queries[:, :, -LATE_QUERIES:]
+        return square_root(query_moment(lift(late, 1.0) if lifted else late).cpu(), _RIDGE)
+
     def _build_on_gpu(self, keys: Tensor, by_query: Tensor, by_key: Tensor, degree: int) -> Tensor:
         from .projection import project  # Triton only where it is used
 
         o = self.options
         rows, n, _ = keys.shape
         group, m = by_query.shape[1:3]
-        links = project(keys, by_query, by_key, degree, min(o.key_degree - o.key_links, degree)).cpu()
+        query_links = min(o.key_degree - o.key_links, degree)
+        links = project(keys, by_query, by_key, degree, query_links, self._by_co_occurrence).cpu()
         pivots = by_query[..., 0].cpu().contiguous()
         self.repaired_keys = _native.repair(
             pivots.data_ptr(),
@@ -123,13 +209,6 @@ class AttentionAwareGraphIndex(TokenIndex):
         o = self.options
         rows, before, _ = self.keys.shape
         n = keys.shape[1]
-        sums = self._grown_sums(keys, extra)
-        mean = sums / n
-        query_links = o.key_degree - o.key_links
-        near = torch.empty(rows, n - before, 0, dtype=torch.int32)
-        if o.key_links:
-            states = keys[:, before:] if extra is None else lift(keys[:, before:], extra[:, before:])
-            near = self._search(states.float() - mean[:, None], max(o.ef_search, o.key_degree)).ids
         asked, lists = torch.empty(0), torch.empty(rows, 0, 0, o.q_knn, dtype=torch.int32)
         scores = torch.empty(0)
         if queries is not None:
@@ -138,10 +217,16 @@ class AttentionAwareGraphIndex(TokenIndex):
             found = self._search(asked, o.q_knn)
             lists, scores = found.ids.view(rows, group, m, o.q_knn), found.scores
         visible = torch.full(lists.shape[2:3], n) if positions is None else (positions.cpu() + 1).clamp(max=n)
-
+        near, metric = torch.empty(rows, n - before, 0, dtype=torch.int32), self._metric
+        reciprocals = torch.empty(0)
+        if metric is not None:
+            reciprocals = self._grown_reciprocals(keys, extra, metric)
+            towards = metric.towards(_wide(keys, extra, before))
+            near = self._search(towards, max(o.ef_search, o.key_degree)).ids
         links = self.links.grown(n)
         degree = PackedLinks.capacity(n, links.slots)
         entries = self.entries.clone()
+        form = None if metric is None else metric.form
         self.repaired_keys = _native.insert(
             store,
             before,
@@ -154,9 +239,12 @@ class AttentionAwareGraphIndex(TokenIndex):
             o.q_knn,
             near.data_ptr(),
             near.shape[2],
-            mean.data_ptr(),
+            0 if metric is None else metric.mean.data_ptr(),
+            0 if form is None else form.data_ptr(),
+            reciprocals.data_ptr(),
             degree,
-            min(query_links, degree),
+            min(o.key_degree - o.key_links, degree),
+            self._by_co_occurrence,
             o.num_entries,
             self.num_threads,
             links.data.data_ptr(),
@@ -164,33 +252,35 @@ class AttentionAwareGraphIndex(TokenIndex):
             links.segments,
             entries.data_ptr(),
         )
-        self.keys = torch.cat((self.keys, keys[:, before:].to(self.keys.dtype)), 1) if self._copied else keys
-        self.extra, self.entries, self._key_sums = extra, entries, sums
-        self._store = as_key_store(self.keys, extra)
-        self.links = links
+        grown = torch.cat((self.keys, keys[:, before:].to(self.keys.dtype)), 1) if self._copied else keys
+        self._walk_by(keys, grown, extra)
+        self._compact = None if self._compact is None else self._compact.grown(keys)
+        self.entries, self.links, self._reciprocals = entries, links, reciprocals
 
-    def _grown_sums(self, keys: Tensor, extra: Tensor | None) -> Tensor:
-        """Sums [R, D] float32 of all keys, or [R, D + 1]; they are kept, so that old keys are read once."""
-        first = 0 if self._key_sums is None else self.keys.shape[1]
-        sums = torch.stack([head[first:].sum(0, dtype=torch.float32) for head in keys])
-        if extra is not None:
-            sums = lift(sums, extra[:, first:].sum(1))
-        return sums if self._key_sums is None else self._key_sums + sums
+    def _grown_reciprocals(self, keys: Tensor, extra: Tensor | None, metric: KeyMetric) -> Tensor:
+        """KeyMetric.reciprocals [R, N] of all keys; they are kept, so that old keys are read once."""
+        first = self._reciprocals.shape[1]
+        parts = [self._reciprocals]
+        for begin in range(first, keys.shape[1], _KEYS_AT_ONCE):
+            parts.append(metric.reciprocals(_wide(keys[:, : begin + _KEYS_AT_ONCE], extra, begin)))
+        return torch.cat(parts, 1)
 
-    def search(self, queries: Tensor, k: int) -> SearchResult:
-        """Best-first search from the entries with a beam of max(ef_search, k); see TokenIndex.search."""
-        rows, _, dim = self.keys.shape
-        check_search(queries, k, rows, dim)
-        return self._search(asked_vectors(queries, self.extra is not None), k)
+    def search(self, queries: Tensor, k: int, near: Tensor | None = None) -> SearchResult:
+        """Best-first search from `near` and the entries with a beam of max(ef_search, k); see TokenIndex.search."""
+        rows, n, dim = self.keys.shape
+        check_search(queries, k, rows, dim, near, n)
+        return self._search(asked_vectors(queries, self.extra is not None), k, near)
 
-    def _search(self, asked: Tensor, k: int) -> SearchResult:
+    def _search(self, asked: Tensor, k: int, near: Tensor | None = None) -> SearchResult:
         """For asked [R, g, D] float32, or [R, g, D + 1], contiguous."""
         rows, group, _ = asked.shape
+        starts = torch.empty(rows, group, 0, dtype=torch.int32) if near is None else near.contiguous()
         ids = torch.empty(rows, group, k, dtype=torch.int32)
         scores = torch.empty(rows, group, k)
         keys_scored = torch.empty(rows, group, dtype=torch.int64)
+        walked, exact = (self._store, None) if self._compact is None else (self._compact.view(self.extra), self._store)
         _native.search(
-            self._store,
+            walked,
             self.links.data.data_ptr(),
             self.links.slots,
             self.links.segments,
@@ -198,12 +288,15 @@ class AttentionAwareGraphIndex(TokenIndex):
             self.options.num_entries,
             asked.data_ptr(),
             group,
+            starts.data_ptr(),
+            starts.shape[2],
             k,
             self.options.ef_search,
             self.num_threads,
             ids.data_ptr(),
             scores.data_ptr(),
             keys_scored.data_ptr(),
+            exact,
         )
         return SearchResult(ids, scores, keys_scored)
 
@@ -212,10 +305,20 @@ class AttentionAwareGraphIndex(TokenIndex):
         """The links as int32 with -1 pads at the end, [R, N, key_degree]; a copy."""
         return self.links.unpack()
 
+    def all_options(self) -> dict[str, Any]:
+        return self.options.model_dump()
+
     @property
     def nbytes(self) -> int:
-        held = [self.links.data, self.entries] + ([self.keys] if self._copied else [])
-        return sum(t.numel() * t.element_size() for t in held)
+        held = [self.links.data, self.entries, self._reciprocals] + ([self.keys] if self._copied else [])
+        made = [part.nbytes for part in (self._compact, self._metric) if part is not None]
+        return sum(t.nbytes for t in held) + sum(made)
+
+
+def _wide(keys: Tensor, extra: Tensor | None, first: int) -> Tensor:
+    """Those of keys [R, N, D] from `first` on, with their dimension `extra` [R, ..] if there is one, float32."""
+    states = keys[:, first:]
+    return states.float() if extra is None else lift(states, extra[:, first : keys.shape[1]])
 
 
 class _StageClock:

@@ -93,10 +93,12 @@ def key_knn(
     backend: str = "auto",
     num_threads: int | None = None,
     extra: Tensor | None = None,
+    root: Tensor | None = None,
 ) -> Tensor:
     """The k nearest other keys of every key by cosine after subtracting the mean key.
 
-    keys [R, N, D], extra [R, N] one more dimension; computed in float32 on their device. Returns there
+    keys [R, N, D], extra [R, N] one more dimension; computed in float32 on their device. root [R, D, D], or D + 1 with
+    extra: the cosine is that of the keys times root, see metric.square_root. Returns on the keys' device
     [R, N, min(k, N - 1)] int32, best first.
     """
     rows, n, _ = keys.shape
@@ -108,7 +110,8 @@ def key_knn(
     nearest = {"faiss": _nearest_faiss, "triton": _nearest_triton, "torch": _nearest_torch}[chosen]
     block = {"faiss": min(block, _KEY_BLOCK), "triton": 8 * block, "torch": block}[chosen]
     states = keys.float() if extra is None else lift(keys, extra)
-    centred = normalize(states - states.mean(1, keepdim=True), dim=2).contiguous()
+    centred = states - states.mean(1, keepdim=True)
+    centred = normalize(centred if root is None else centred @ root.to(centred), dim=2).contiguous()
     split = chosen == "triton" and extra is not None
     beside = centred[..., -1].contiguous()
     if split:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from .tensor_file import check_ids
 
 _SEGMENT = 1 << 16
 
@@ -58,6 +59,26 @@ class PackedLinks:
             links = self.unpack()[..., : self.capacity(keys, slots)].contiguous()
             data = self._laid_out(links, slots, segments)
         return PackedLinks(torch.cat((data, data.new_empty(rows, keys - before, slots)), 1), segments)
+
+    @classmethod
+    def checked(cls, data: Tensor, slots: int) -> PackedLinks:
+        """Data as `pack` made them for so many slots. ValueError where they are not, or lead to keys that are not
+        there, which the native code would not notice."""
+        rows, keys = data.shape[:2]
+        segments = _segments(keys, slots)
+        width = slots if segments else cls.capacity(keys, slots)
+        shape = (rows, keys, width)
+        if data.shape != shape or data.dtype != (torch.uint16 if segments else torch.int32):
+            raise ValueError(f"links: got {data.dtype} {list(data.shape)}, allowed: {list(shape)} of {slots} places")
+        places = (segments + 1) // 2
+        for row in range(rows):
+            one = cls(data[row : row + 1], segments)
+            if segments > 1:
+                counts = one.data[..., :places].contiguous().view(torch.uint8)[..., :segments]
+                if int(counts.sum(-1, dtype=torch.int32).max()) > slots - places:
+                    raise ValueError(f"links: got more than {slots - places} of a key, in the counts of its segments")
+            check_ids(one.unpack(), "links", keys)
+        return cls(data, segments)
 
     def unpack(self) -> Tensor:
         """[R, N, slots] int32 with -1 pads at the end; from 2 segments on in the order of the segments."""

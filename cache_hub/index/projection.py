@@ -1,6 +1,6 @@
-"""Projection of query -> key lists to links among the keys, on a GPU; csrc/graph_build.cpp does the same on a CPU.
+"""From query -> key lists to links among the keys, on a GPU; csrc/graph_build.cpp does the same on a CPU.
 
-Source: RoarGraph (arXiv 2408.08933), projection step, with the union of all lists that share a pivot.
+Source of prune and fill: RoarGraph (arXiv 2408.08933), projection step, with the union of all lists that share a pivot.
 """
 
 from __future__ import annotations
@@ -10,18 +10,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .co_occurrence import co_occurrence_links
+
 _BLOCK_PAIRS = 32
 
 
-def project(keys: Tensor, by_query: Tensor, by_key: Tensor, degree: int, query_links: int) -> Tensor:
-    """Links of every key: at most `query_links` projected ones, then the nearest keys up to `degree`.
+def project(
+    keys: Tensor, by_query: Tensor, by_key: Tensor, degree: int, query_links: int, co_occurrence: bool
+) -> Tensor:
+    """Links of every key: at most `query_links` from the query lists, by co-occurrence or by RoarGraph's projection,
+    then the nearest keys up to `degree`.
 
     keys [R, N, D], by_query [R, g, M, k] and by_key [R, N, k'] int32 as causal_knn and key_knn return them, all on one
     device. Returns [R, N, degree] int32, -1 pads at the end.
     """
+
+    def of_queries(head: Tensor, lists: Tensor) -> Tensor:
+        if co_occurrence:
+            return co_occurrence_links(lists, len(head), query_links)
+        return _project_head(head.contiguous(), lists.flatten(0, 1), query_links)
+
     return torch.stack(
         [
-            _with_nearest(_project_head(head.contiguous(), lists.flatten(0, 1), query_links), near, degree)
+            _with_nearest(of_queries(head, lists), near, degree)
             for head, lists, near in zip(keys, by_query, by_key, strict=True)
         ]
     )

@@ -96,6 +96,41 @@ def test_search_is_the_plain_one(
             assert int(found.keys_scored[row, head]) == scored
 
 
+def test_a_search_starts_from_near_keys_too() -> None:
+    """As from further entries, -1 pads left out; a beam of 1 from a far entry alone stays where it is."""
+    torch.manual_seed(0)
+    keys, queries = torch.randint(-2, 3, (2, 300, 16)).float(), torch.randint(-2, 3, (2, 3, 16)).float()
+    index = make_index("attention_aware_graph", key_degree=4, key_links=2, q_knn=4, num_entries=2, ef_search=1)
+    index.build(keys, torch.randint(-2, 3, (2, 3, 300, 16)).float(), torch.arange(300))
+    near = torch.randint(0, 300, (2, 3, 5), dtype=torch.int32)
+    near[..., 3:] = -1
+    near[0, 0] = -1
+    found = index.search(queries, 1, near)
+    for row in range(2):
+        for head in range(3):
+            starts = torch.cat((near[row, head][near[row, head] >= 0], index.entries[row]))
+            ids, _, scored = beam_search(keys[row], index.adjacency[row], starts, queries[row, head], 1, 1)
+            assert (found.ids[row, head].tolist(), int(found.keys_scored[row, head])) == (ids, scored)
+    best = (queries[:, :, None] * keys[:, None]).sum(-1).argmax(-1)[..., None].int()
+    assert bool((index.search(queries, 1, best).scores >= found.scores).all())
+
+
+@pytest.mark.parametrize(
+    ("near", "told"),
+    [
+        (torch.zeros(2, 3, 4, dtype=torch.int64), "torch.int64"),
+        (torch.zeros(2, 2, 4, dtype=torch.int32), "[2, 2, 4]"),
+        (torch.full((2, 3, 1), 63, dtype=torch.int32), "63 to 63"),
+        (torch.full((2, 3, 1), -2, dtype=torch.int32), "-2 to -2"),
+    ],
+)
+def test_near_keys_that_cannot_be(near: torch.Tensor, told: str) -> None:
+    index, _, queries = build(63, key_degree=8, key_links=4)
+    with pytest.raises(ValueError, match="near: got") as caught:
+        index.search(queries[:, :, -1], 5, near)
+    assert told in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("n", "degree", "segments"), [(65_535, 6, 1), (65_536, 6, 2), (70_000, 6, 2), (140_000, 8, 3), (70_000, 3, 0)]
 )
@@ -205,9 +240,10 @@ def test_recall_grows_with_the_beam() -> None:
 
 
 @pytest.mark.parametrize(("index_dtype", "copies"), [("auto", 0), ("float32", 0), ("bfloat16", 1), ("float16", 1)])
-def test_nbytes_counts_links_entries_and_a_copy_of_the_keys(index_dtype: str, copies: int) -> None:
+def test_nbytes_counts_links_entries_the_metric_and_a_copy_of_the_keys(index_dtype: str, copies: int) -> None:
     index, keys, _ = build(100, key_degree=8, key_links=4, num_entries=16, index_dtype=index_dtype)
-    assert index.nbytes == 2 * 100 * 8 * 2 + 2 * 16 * 4 + copies * keys.numel() * 2
+    dim = keys.shape[2]
+    assert index.nbytes == 2 * 100 * 8 * 2 + 2 * 16 * 4 + 2 * (dim + dim * dim) * 4 + copies * keys.numel() * 2
 
 
 def test_search_reads_a_store_with_gaps_between_rows_in_place() -> None:

@@ -1,5 +1,6 @@
 """Keys that come later: in every index, against one built over all of them and against the exact scan."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,11 +60,14 @@ def test_everything_is_found_under_ids_that_go_on(
 
 
 @pytest.mark.parametrize("key_links", [0, 3, 8])
+@pytest.mark.parametrize("projection", ["co_occurrence", "roargraph"])
 @pytest.mark.parametrize(("before", "batches"), CASES)
 @pytest.mark.parametrize("with_queries", [True, False])
-def test_structure(before: int, batches: list[int], key_links: int, with_queries: bool) -> None:
+def test_structure(before: int, batches: list[int], projection: str, key_links: int, with_queries: bool) -> None:
     keys, queries = states(before + sum(batches))
-    index = AttentionAwareGraphIndex(key_degree=8, key_links=key_links, q_knn=6, num_entries=4)
+    index = AttentionAwareGraphIndex(
+        key_degree=8, key_links=key_links, q_knn=6, num_entries=4, projection=projection, index_dtype="auto"
+    )
     grown(index, keys, queries if with_queries else None, before, batches)
     check_structure(index, before + sum(batches), degree=8)
 
@@ -95,7 +99,7 @@ def test_same_graph_for_any_thread_count(other_threads: int) -> None:
 
 
 def test_a_grown_graph_finds_as_much_as_one_built_at_once() -> None:
-    keys, queries = states(3000, rows=1)
+    keys, queries = states(3000, rows=4)
     exact = (queries[:, :, -50:].transpose(1, 2) @ keys[:, None, :2900].transpose(2, 3)).topk(10).indices
     recalls = []
     for batches in ([], [200, 137, 63, 500]):
@@ -129,18 +133,101 @@ def test_half_of_the_entries_follow_the_last_queries() -> None:
     assert votes[after[4:]].tolist() == votes.topk(4).values.tolist()
 
 
-@pytest.mark.parametrize("index_dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("index_dtype", ["auto", "bfloat16", "int8"])
 def test_a_longer_view_of_one_store_and_a_copy_of_it(index_dtype: str) -> None:
     store = torch.full((2, 400, 64), float("nan"))
     store[:, 20:320], queries = states(300)
     index = make_index("attention_aware_graph", ef_search=300, index_dtype=index_dtype)
     index.build(store[:, 20:220], queries[:, :, :200], torch.arange(200))
     index.insert(store[:, 20:320], queries[:, :, 200:], torch.arange(200, 300))
-    assert (index.keys.data_ptr() == store[:, 20:].data_ptr()) == (index_dtype == "auto")
-    dtype = torch.float32 if index_dtype == "auto" else torch.bfloat16
+    assert (index.keys.data_ptr() == store[:, 20:].data_ptr()) == (index_dtype != "bfloat16")
+    dtype = torch.bfloat16 if index_dtype == "bfloat16" else torch.float32
     exact = (queries[:, :, -1] @ store[:, 20:320].to(dtype).float().transpose(1, 2)).topk(10).indices
     assert torch.equal(index.search(queries[:, :, -1], 10).ids.long(), exact)
-    assert index.nbytes == 2 * 300 * 32 * 2 + 2 * 64 * 4 + (0 if index_dtype == "auto" else 2 * 300 * 64 * 2)
+    # Links, entries, mean and root of the metric, a length for each key.
+    beside = 2 * 300 * 32 * 2 + 2 * 64 * 4 + 2 * (64 + 64 * 64) * 4 + 2 * 300 * 4
+    copies = {"auto": 0, "bfloat16": 2 * 300 * 64 * 2, "int8": 2 * 300 * (64 + 4) + 2 * 64 * 4}
+    assert index.nbytes == beside + copies[index_dtype]
+
+
+def test_query_links_are_by_co_occurrence_in_the_latest_lists_then_those_before() -> None:
+    """In whole numbers, by searches that find everything: links of a key that the new lists do not name stay, and
+    those of the others are the build's from the same lists, filled up."""
+    torch.manual_seed(0)
+    keys = torch.randn(2, 90, 64)
+    queries = torch.randn(2, 3, 100, 64)
+    options = {"key_degree": 10, "key_links": 5, "q_knn": 4, "ef_search": 90, "index_dtype": "auto", "num_entries": 90}
+    index = AttentionAwareGraphIndex(**options)
+    index.build(keys[:, :80], queries[:, :, :80])
+    old = index.adjacency
+    index.insert(keys, queries[:, :, 80:])
+    latest = AttentionAwareGraphIndex(**{**options, "key_links": 0, "key_degree": 5, "projection": "co_occurrence"})
+    latest.build(keys, queries[:, :, 80:])
+    assert latest.repaired_keys == index.repaired_keys == 0
+    for row in range(2):
+        for key, links in enumerate(index.adjacency[row].tolist()):
+            wanted = [link for link in latest.adjacency[row, key].tolist() if link >= 0]
+            if key < 80:
+                wanted += [link for link in old[row, key, :5].tolist() if link not in wanted][: 5 - len(wanted)]
+            assert links[: len(wanted)] == wanted
+
+
+def test_key_links_are_the_nearest_in_the_metric() -> None:
+    """But for what the search does not find."""
+    keys, queries = states(400, rows=1)
+    options = {"key_degree": 16, "key_links": 16, "ef_search": 400, "index_dtype": "auto"}
+    index = AttentionAwareGraphIndex(**options)
+    index.build(keys[:, :300], queries[:, :, :300])
+    before = index.adjacency[0]
+    index.insert(keys, queries[:, :, 300:])
+    metric = index._metric
+    assert metric is not None
+    assert metric.root is not None
+    seen = torch.nn.functional.normalize((keys - metric.mean[:, None]) @ metric.root, dim=2)[0]
+    cosines = (seen @ seen.T).fill_diagonal_(-2)
+    links = index.adjacency[0]
+    of_new = (links[300:, :, None] == cosines[300:].topk(16).indices[:, None, :]).any(1)
+    assert float(of_new.float().mean()) > 0.99
+    # An old key chooses among the links that it had and the new keys to whose nearest it belongs.
+    known = torch.zeros(300, 400, dtype=torch.bool).scatter_(1, before.long(), True)
+    known[:, 300:] |= torch.zeros(100, 400, dtype=torch.bool).scatter_(1, links[300:].long(), True)[:, :300].T
+    of_old = (links[:300, :, None] == cosines[:300].masked_fill(~known, -3).topk(16).indices[:, None, :]).any(1)
+    assert float(of_old.float().mean()) > 0.99
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"projection": "roargraph"}, {"key_metric": "cosine"}, {"index_dtype": "int8"}]
+)
+@pytest.mark.parametrize("lifted", [False, True])
+def test_a_loaded_graph_grows_as_the_one_that_was_saved(tmp_path: Path, options: dict[str, Any], lifted: bool) -> None:
+    keys, queries = states(300)
+    extra = torch.rand(2, 300) if lifted else None
+
+    def part(n: int) -> torch.Tensor | None:
+        return None if extra is None else extra[:, :n].contiguous()
+
+    index = AttentionAwareGraphIndex(**options)
+    index.build(keys[:, :200], queries[:, :, :200], torch.arange(200), part(200))
+    for n in (263, 300):
+        before = index.keys.shape[1]
+        index.save(tmp_path / f"{n}")
+        loaded = AttentionAwareGraphIndex.load(tmp_path / f"{n}", keys[:, :before], part(before), insert_batch=0)
+        for one in (index, loaded):
+            one.insert(keys[:, :n], queries[:, :, before:n], torch.arange(before, n), part(n))
+        assert torch.equal(index.adjacency, loaded.adjacency)
+        assert torch.equal(index.entries, loaded.entries)
+        results = [one.search(queries[:, :, 7], 20) for one in (index, loaded)]
+        assert torch.equal(results[0].ids, results[1].ids)
+        assert torch.equal(results[0].scores, results[1].scores)
+
+
+@pytest.mark.parametrize("strategy", ["flat", "ivf", "hnsw"])
+def test_a_grown_index_is_saved_whole(strategy: str, tmp_path: Path) -> None:
+    keys, queries = states(300)
+    index = grown(make_index(strategy), keys, queries, 200, [63, 37])
+    index.save(tmp_path / "index")
+    loaded = INDEXES[strategy].load(tmp_path / "index", keys)
+    assert torch.equal(loaded.search(queries[:, :, 7], 20).ids, index.search(queries[:, :, 7], 20).ids)
 
 
 @pytest.mark.parametrize("strategy", INDEXES)

@@ -4,10 +4,13 @@ import pytest
 import torch
 
 
+@pytest.mark.parametrize("projection", ["co_occurrence", "roargraph"])
 @pytest.mark.parametrize(
     ("n", "group", "dim", "key_links"), [(1, 1, 64, 4), (2, 3, 64, 4), (63, 4, 128, 4), (97, 3, 80, 0), (120, 3, 64, 8)]
 )
-def test_links_equal_the_native_ones(device: str, n: int, group: int, dim: int, key_links: int) -> None:
+def test_links_equal_the_native_ones(
+    device: str, n: int, group: int, dim: int, key_links: int, projection: str
+) -> None:
     from cache_hub.index import make_index
     from cache_hub.index.knn import causal_knn, key_knn
     from cache_hub.index.projection import project
@@ -16,16 +19,63 @@ def test_links_equal_the_native_ones(device: str, n: int, group: int, dim: int, 
     # Whole numbers: every order of summation gives the same product, and there are ties.
     keys = torch.randint(-2, 3, (2, n, dim)).float()
     queries = torch.randint(-2, 3, (2, group, n, dim)).float()
-    options = {"key_degree": 8, "key_links": key_links, "q_knn": 12}
+    options = {"key_degree": 8, "key_links": key_links, "q_knn": 12, "projection": projection, "key_metric": "cosine"}
     native = make_index("attention_aware_graph", **options)
     native.build(keys, queries, torch.arange(n))
     by_query = causal_knn(keys, queries, torch.arange(n), 12)
     by_key = key_knn(keys, 8 if key_links else 0)
-    links = project(*(tensor.to(device) for tensor in (keys, by_query, by_key)), 8, 8 - key_links).cpu()
+    there = (tensor.to(device) for tensor in (keys, by_query, by_key))
+    links = project(*there, 8, 8 - key_links, projection == "co_occurrence").cpu()
     if native.repaired_keys == 0:
         assert torch.equal(links, native.adjacency)
     else:
         assert int((links != native.adjacency).any(2).sum()) <= native.repaired_keys
+
+
+def plain_co_occurrence(lists: torch.Tensor, n: int, width: int) -> list[list[int]]:
+    """What csrc/co_occurrence.h says, for lists [g, M, k] of one row."""
+    group, queries, k = lists.shape
+    naming: list[list[tuple[list[int], int]]] = [[] for _ in range(n)]
+    for m in reversed(range(queries)):
+        for head in reversed(range(group)):
+            ids = [i for i in lists[head, m].tolist() if i >= 0]
+            for rank, key in enumerate(ids):
+                naming[key].append((ids, rank))
+    links = []
+    for key in range(n):
+        weights: dict[int, int] = {}
+        for ids, rank in naming[key][:3]:
+            for j, other in enumerate(ids):
+                if other != key:
+                    weights[other] = weights.get(other, 0) + 131072 // (2 + abs(j - rank)) + k - j
+        best = sorted(weights, key=lambda other: (-weights[other], other))[:width]
+        links.append(best + [-1] * (width - len(best)))
+    return links
+
+
+@pytest.mark.parametrize(
+    ("n", "group", "queries", "k", "width"), [(1, 1, 1, 2, 3), (2, 3, 5, 2, 1), (63, 4, 63, 8, 5), (151, 3, 97, 12, 8)]
+)
+def test_co_occurrence_is_the_plain_one(n: int, group: int, queries: int, k: int, width: int) -> None:
+    """Lists without a repeated key, some short and some empty; both implementations, the native one through a build
+    whose degree leaves no room for other links and whose every key is an entry, so that none is repaired."""
+    from cache_hub.index import _native
+    from cache_hub.index.co_occurrence import co_occurrence_links
+    from cache_hub.index.key_store import as_key_store
+
+    torch.manual_seed(n)
+    lists = torch.full((1, group, queries, k), -1, dtype=torch.int32)
+    for row in lists.flatten(0, 2):
+        count = int(torch.randint(0, min(k, n) + 1, ()))
+        row[:count] = torch.randperm(n)[:count].int()
+    expected = plain_co_occurrence(lists[0], n, width)
+    assert co_occurrence_links(lists[0], n, width).tolist() == expected
+    keys, links = torch.zeros(1, n, 4), torch.empty(1, n, width, dtype=torch.int32)
+    entries, none = torch.empty(1, n, dtype=torch.int32), torch.empty(1, n, 0, dtype=torch.int32)
+    where = (links.data_ptr(), entries.data_ptr())
+    store, by_key = as_key_store(keys), (none.data_ptr(), 0)
+    _native.build(store, lists.data_ptr(), group, queries, k, *by_key, width, width, True, n, 2, *where)
+    assert links[0].tolist() == expected
 
 
 @pytest.mark.gpu

@@ -21,8 +21,11 @@ from config import (
 GRAPH_DEFAULTS = {
     "q_knn": 32,
     "key_degree": 32,
-    "key_links": 16,
-    "ef_search": 160,
+    "key_links": 24,
+    "projection": "auto",
+    "key_metric": "attention",
+    "ef_search": 128,
+    "warm_start": 100,
     "top_k": 100,
     "index_dtype": "bfloat16",
     "graph_build_batch": 4096,
@@ -68,7 +71,7 @@ def test_every_key_is_described() -> None:
         ("graph_build_batch", 0, ">= 1"),
         ("num_entries", 0, ">= 1"),
         ("insert_batch", -1, ">= 0"),
-        ("index_dtype", "int8", "'auto', 'float32', 'float16', 'bfloat16'"),
+        ("index_dtype", "int4", "'auto', 'float32', 'float16', 'bfloat16', 'int8'"),
         ("knn_backend", "cuvs", "'auto', 'faiss', 'triton', 'torch'"),
         ("estimation", "clusters", "'none', 'centroid', 'softmax_lift'"),
         ("estimation", None, "'none', 'centroid', 'softmax_lift'"),
@@ -91,7 +94,7 @@ def test_graph_value_at_the_edge_is_accepted(key: str, value: Any) -> None:
 
 
 def test_default_key_links_above_a_smaller_degree() -> None:
-    assert error_of(GraphConfig, key_degree=8) == "key_links: got 16, allowed: 0 to 8 (key_degree)"
+    assert error_of(GraphConfig, key_degree=8) == "key_links: got 24, allowed: 0 to 8 (key_degree)"
 
 
 @pytest.mark.parametrize(
