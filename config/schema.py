@@ -55,10 +55,10 @@ class GraphConfig(Section):
         "prompt's last queries, in which distances are those of logits; cosine: keys as they are",
     )
     ef_search: int = Field(
-        default=128,
+        default=160,
         ge=1,
-        description="beam width of the search, raised to top_k where smaller. On real traces of 32,768 tokens, all "
-        "layers, 128 found .953 of the exact top 100 by scoring 1,070 keys, 160 .966 by 1,266",
+        description="beam width of the search, raised to top_k where smaller. On real traces of 32,768 tokens 128 are "
+        "enough for a recall@100 of .95 on average over heads; 160 lift the worst heads",
     )
     warm_start: int = Field(
         default=100,
@@ -104,11 +104,11 @@ class GraphConfig(Section):
         "tokens; RetroInfer's 0.232 raised the mean error on real traces of 32,768 tokens by 20 to 33 %",
     )
     num_entries: int = Field(
-        default=64,
+        default=128,
         ge=1,
         description="keys where each search starts, half those that most prompt queries rank first, half those that "
-        "the last ones do. Several, because one entry point may be cut off from whole regions; 64 are few beside the "
-        "thousand keys and more that a search scores",
+        "the last ones do. Several, because one entry point may be cut off from whole regions; 128 cost some fifty "
+        "products more than 64 and find regions of keys that a few heads missed",
     )
 
     insert_batch: int = Field(

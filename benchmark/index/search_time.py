@@ -1,8 +1,9 @@
 """Times the search alone: python -m benchmark.index.search_time --traces FOLDER.. --output FILE.json
 
 Every index is built over a layer's keys, without sinks and window, and asked the recorded decode queries one step at a
-time; indexes take turns, and the fastest of the rounds counts. A nanosecond of an index is to be compared with
-another's in the same file only. hnsw is faiss's. Exit status 2: bad input.
+time, each step told what the one before found, as in decoding. Indexes take turns, and the fastest of the rounds counts.
+A nanosecond of an index is to be compared with another's in the same file only. hnsw is faiss's; hnswlib, where it is
+installed, does not tell how many keys it scores. Exit status 2: bad input.
 """
 
 from __future__ import annotations
@@ -17,30 +18,37 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cache_hub.index import INDEXES, TokenIndex, make_index
+from cache_hub.index import INDEXES, SearchResult, TokenIndex, make_index
 from cache_hub.index.knn import exact_topk
 
 from ..command import exit_status
 from ..results import check_writable, environment, write_json
 from .exact_head import SINKS, WINDOW
+from .hnswlib_index import HnswlibIndex, is_installed
 from .layers import parse_layers
 from .traces import LayerTrace, TraceFolder, open_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build(strategy: str, trace: LayerTrace, dtype: torch.dtype, threads: int) -> TokenIndex:
+HNSWLIB = "hnswlib"
+
+
+def build(strategy: str, trace: LayerTrace, dtype: torch.dtype, threads: int) -> TokenIndex | HnswlibIndex:
     """An index over the prompt's keys between sinks and window, of one layer."""
-    index = make_index(strategy, num_threads=threads)
+    index: TokenIndex | HnswlibIndex
+    index = HnswlibIndex(threads) if strategy == HNSWLIB else make_index(strategy, num_threads=threads)
     keys = trace.keys[:, SINKS : trace.keys.shape[1] - WINDOW].to(dtype).contiguous()
     index.build(keys, trace.queries.float(), torch.arange(trace.queries.shape[2]) - SINKS)
     return index
 
 
-def search_all(index: TokenIndex, queries: Tensor, k: int) -> tuple[float, int, Tensor]:
+def search_all(index: TokenIndex | HnswlibIndex, queries: Tensor, k: int) -> tuple[float, int, Tensor]:
     """Seconds for queries [R, g, T, D], one step after another, keys scored, and ids [T, R, g, k]."""
+    found: list[SearchResult] = []
     begin = perf_counter()
-    found = [index.search(queries[:, :, step], k) for step in range(queries.shape[2])]
+    for step in range(queries.shape[2]):
+        found.append(index.search(queries[:, :, step], k, found[-1].ids if found else None))
     seconds = perf_counter() - begin
     return seconds, sum(int(one.keys_scored.sum()) for one in found), torch.stack([one.ids for one in found])
 
@@ -66,12 +74,15 @@ def measure(folder: TraceFolder, layer: int, args: argparse.Namespace) -> list[d
                 "head_dim": queries.shape[3],
                 "layer": layer,
                 "strategy": strategy,
-                "keys_scored": scored / asked,
+                "keys_scored": scored / asked if scored else None,
                 "recall": (exact[..., None] == ids[..., None, :]).any(-1).float().mean().item(),
                 "us_per_query": best[strategy] / asked * 1e6,
-                "ns_per_key": best[strategy] / scored * 1e9,
+                "ns_per_key": best[strategy] / scored * 1e9 if scored else None,
             }
     return list(rows.values())
+
+
+_OF_KEYS = (("keys_scored", 0), ("ns_per_key", 1))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -81,9 +92,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---:|---|---:|---:|---:|---:|",
     ]
     for row in rows:
+        scored, ns = ("-" if row[key] is None else f"{row[key]:.{digits}f}" for key, digits in _OF_KEYS)
         lines.append(
-            f"| {row['trace']} | {row['layer']} | {row['strategy']} | {row['keys_scored']:.0f} | {row['recall']:.3f} | "
-            f"{row['us_per_query']:.1f} | {row['ns_per_key']:.1f} |"
+            f"| {row['trace']} | {row['layer']} | {row['strategy']} | {scored} | {row['recall']:.3f} | "
+            f"{row['us_per_query']:.1f} | {ns} |"
         )
     return "\n".join(lines)
 
@@ -97,7 +109,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--traces", nargs="+", type=Path, required=True, help="folders of benchmark.index.extract")
     add("--layers", help="such as 6,13,20-22; default: all of the traces")
-    add("--strategies", default="attention_aware_graph,hnsw", help=f"comma list of {', '.join(INDEXES)}")
+    both = f"comma list of {', '.join((*INDEXES, HNSWLIB))}"
+    add("--strategies", default="attention_aware_graph,hnsw", help=both)
     add("--top_k", type=int, default=100)
     add("--dtype", choices=DTYPES, default="bf16", help="of the keys; faiss keeps its own float32 copy")
     add("--threads", type=int, default=1, help="of build and search; hnsw searches with one")
@@ -110,9 +123,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> str:
     """Checks everything, measures, writes the file and returns the table."""
     args.strategies = list(dict.fromkeys(args.strategies.split(",")))
-    unknown = [name for name in args.strategies if name not in INDEXES]
+    allowed = [*INDEXES, *([HNSWLIB] if is_installed() else [])]
+    unknown = [name for name in args.strategies if name not in allowed]
     if unknown:
-        raise ValueError(f"strategies: got {', '.join(unknown)}, allowed: {', '.join(INDEXES)}")
+        raise ValueError(f"strategies: got {', '.join(unknown)}, allowed here: {', '.join(allowed)}")
     for name in ("top_k", "threads", "rounds"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}: got {getattr(args, name)}, allowed: >= 1")

@@ -18,8 +18,8 @@ from .links import PackedLinks
 from .metric import LATE_QUERIES, KeyMetric, query_moment, square_root
 from .tensor_file import check_ids, take
 
-# Of the key links' metric: keys that other queries tell apart stay apart.
-_RIDGE = 0.3
+# Of the key links' metric: half of it is the plain one, so that keys which other queries tell apart stay apart.
+_RIDGE = 1.0
 # Of which insertion makes float32 copies at a time.
 _KEYS_AT_ONCE = 1 << 14
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from index_cases import write_trace
 
+from benchmark.index.hnswlib_index import is_installed
 from benchmark.index.search_time import main
 
 
@@ -34,10 +35,22 @@ def test_a_row_for_every_index_and_layer(tmp_path: Path, capsys: pytest.CaptureF
     assert "| a | 0 | flat | 232 | 1.000 |" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not is_installed(), reason="needs hnswlib")
+def test_hnswlib_is_timed_without_a_count_of_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_trace(tmp_path / "a", n=300, dim=16, group=3)
+    words = ["--traces", str(folder), "--strategies", "hnswlib", "--top_k", "20", "--layers", "0", "--rounds", "1"]
+    assert main([*words, "--output", str(tmp_path / "o.json")]) == 0
+    row = json.loads((tmp_path / "o.json").read_text())["rows"][0]
+    assert (row["keys_scored"], row["ns_per_key"]) == (None, None)
+    assert row["recall"] > 0.5
+    assert row["us_per_query"] > 0
+    assert "| a | 0 | hnswlib | - |" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--strategies", "flat,annoy"], "strategies: got annoy, allowed: attention_aware_graph, flat, ivf, hnsw"),
+        (["--strategies", "flat,annoy"], "strategies: got annoy, allowed here: attention_aware_graph, flat, ivf, hnsw"),
         (["--rounds", "0"], "rounds: got 0, allowed: >= 1"),
         (["--layers", "1-0"], "layers: got '1-0', allowed: numbers and ranges"),
     ],

@@ -1,5 +1,8 @@
 """Every strategy through RetroInfer's cache protocol, against plain softmax attention over the same tokens."""
 
+from collections import defaultdict
+from typing import Any
+
 import pytest
 import torch
 from cache_run import LAYERS, STEPS, Run, relative_error
@@ -77,6 +80,43 @@ def test_a_cache_rewound_and_retuned_answers_as_one_of_its_own(first: str, secon
     assert caches[first].stats.seconds["build"] > 0
     assert (caches[first].stats.seconds["cluster"] > 0) == (second == "centroid")
     assert caches[first].index_bytes == caches[second].index_bytes
+
+
+@pytest.mark.parametrize("warm_start", [0, 7, 50])
+@pytest.mark.parametrize("estimation", ["none", "softmax_lift"])
+def test_each_search_starts_from_the_first_hits_of_the_step_before(estimation: str, warm_start: int) -> None:
+    """For the sequences of each prefill call by themselves, in every layer; not from those before a rewind."""
+    run = Run([300, 131])
+    given: dict[tuple[int, int], list[Any]] = defaultdict(list)
+    found: dict[tuple[int, int], list[Any]] = defaultdict(list)
+    knobs = {"top_k": 20, "estimation": estimation, "warm_start": warm_start}
+    cache = AttentionAwareGraphCache(**knobs, **run.common())
+    run.prefill(cache)
+
+    def spy(index: Any, key: tuple[int, int]) -> Any:
+        search = index.search
+
+        def spied(queries: torch.Tensor, k: int, near: torch.Tensor | None = None) -> Any:
+            result = search(queries, k, near)
+            given[key].append(near)
+            found[key].append(result.ids[..., :20])
+            return result
+
+        return spied
+
+    for layer, groups in enumerate(cache._groups):
+        for number, group in enumerate(groups):
+            group.index.search = spy(group.index, (layer, number))
+    run.decode(cache)
+    cache.rewind()
+    run.decode(cache)
+    assert len(given) == 4
+    for key, near in given.items():
+        for step in range(2 * run.steps):
+            if warm_start == 0 or step % run.steps == 0:
+                assert near[step] is None
+            else:
+                assert torch.equal(near[step], found[key][step - 1][..., :warm_start])
 
 
 def test_settings_that_need_another_build_have_another_key() -> None:

@@ -137,7 +137,7 @@ def test_half_of_the_entries_follow_the_last_queries() -> None:
 def test_a_longer_view_of_one_store_and_a_copy_of_it(index_dtype: str) -> None:
     store = torch.full((2, 400, 64), float("nan"))
     store[:, 20:320], queries = states(300)
-    index = make_index("attention_aware_graph", ef_search=300, index_dtype=index_dtype)
+    index = make_index("attention_aware_graph", ef_search=300, num_entries=64, index_dtype=index_dtype)
     index.build(store[:, 20:220], queries[:, :, :200], torch.arange(200))
     index.insert(store[:, 20:320], queries[:, :, 200:], torch.arange(200, 300))
     assert (index.keys.data_ptr() == store[:, 20:].data_ptr()) == (index_dtype != "bfloat16")

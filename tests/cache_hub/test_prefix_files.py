@@ -85,6 +85,26 @@ def test_beside_a_gpu_what_it_reads_is_pinned(strategy: str, estimation: str, tm
         assert all(store.is_pinned() for store in (*again._keys, *again._values))
 
 
+@pytest.mark.parametrize("estimation", ESTIMATIONS)
+def test_a_loaded_cache_does_not_grow_and_one_that_grew_is_not_saved(estimation: str, tmp_path: Path) -> None:
+    """Its store has no room behind the prompt; what is saved of a cache that has is the prompt alone."""
+    run = Run([TOKENS], dim=DIM, steps=20)
+    growing, static = (settings("attention_aware_graph", estimation, insert_batch=batch) for batch in (6, 0))
+    caches = [make_cache("attention_aware_graph", knobs, **run.common()) for knobs in (growing, static)]
+    for cache in caches:
+        run.prefill(cache)
+    write_prefix(tmp_path / "prefix", caches[0], {}, manifest("attention_aware_graph"))
+    again = make_cache("attention_aware_graph", growing, **run.common())
+    fill_cache(again, tmp_path / "prefix", read_manifest(tmp_path / "prefix"))
+    expected = run.decode(caches[1])
+    for _ in range(2):
+        assert same(run.decode(again), expected)
+        again.rewind()
+    assert not same(run.decode(caches[0]), expected)
+    with pytest.raises(ValueError, match="and 20 generated ones, allowed: a prefilled cache without generated tokens"):
+        write_prefix(tmp_path / "other", caches[0], {}, manifest("attention_aware_graph"))
+
+
 def test_keys_and_values_stay_in_the_files(saved: Any) -> None:
     run, _, folder = saved
     cache: Any = loaded(folder, run, "attention_aware_graph")

@@ -24,7 +24,7 @@ GRAPH_DEFAULTS = {
     "key_links": 24,
     "projection": "auto",
     "key_metric": "attention",
-    "ef_search": 128,
+    "ef_search": 160,
     "warm_start": 100,
     "top_k": 100,
     "index_dtype": "bfloat16",
@@ -32,7 +32,7 @@ GRAPH_DEFAULTS = {
     "knn_backend": "auto",
     "estimation": "centroid",
     "estimation_budget": 1.0,
-    "num_entries": 64,
+    "num_entries": 128,
     "insert_batch": 512,
 }
 
