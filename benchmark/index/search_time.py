@@ -1,7 +1,7 @@
 """Times the search alone: python -m benchmark.index.search_time --traces FOLDER.. --output FILE.json
 
 Every index is built over a layer's keys, without sinks and window, and asked the recorded decode queries one step at a
-time, each step told what the one before found, as in decoding. Indexes take turns, and the fastest of the rounds counts.
+time, each step told what the one before found, as in decoding. Indexes take turns, and the fastest round counts.
 A nanosecond of an index is to be compared with another's in the same file only. hnsw is faiss's; hnswlib, where it is
 installed, does not tell how many keys it scores. Exit status 2: bad input.
 """
