@@ -26,6 +26,7 @@ setup(
                 "csrc/graph_insert.h",
                 "csrc/graph_search.h",
                 "csrc/links.h",
+                "csrc/members.h",
                 "csrc/prune.h",
                 "csrc/reachability.h",
                 "csrc/row_kernels.h",

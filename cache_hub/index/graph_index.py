@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -16,12 +15,11 @@ from .key_store import CompactKeys, as_key_store
 from .knn import causal_knn, key_knn
 from .links import PackedLinks
 from .metric import LATE_QUERIES, KeyMetric, query_moment, square_root
+from .stage_clock import StageClock
 from .tensor_file import check_ids, take
 
 # Of the key links' metric: half of it is the plain one, so that keys which other queries tell apart stay apart.
 _RIDGE = 1.0
-# Of which insertion makes float32 copies at a time.
-_KEYS_AT_ONCE = 1 << 14
 
 
 class AttentionAwareGraphIndex(TokenIndex):
@@ -63,7 +61,7 @@ class AttentionAwareGraphIndex(TokenIndex):
         check_build(keys, queries, positions, extra)
         o = self.options
         rows = len(keys)
-        clock = _StageClock(self.build_seconds, queries.device)
+        clock = StageClock(self.build_seconds, queries.device)
         how = (o.graph_build_batch, o.knn_backend, self.num_threads)
         keys_there = keys.to(queries.device)
         by_query = causal_knn(keys_there, queries, positions, o.q_knn, *how, extra=extra)
@@ -76,7 +74,7 @@ class AttentionAwareGraphIndex(TokenIndex):
 
         self._walk_by(keys, keys.to(self._index_dtype(keys)), extra)
         self._compact = CompactKeys.of(keys) if o.index_dtype == "int8" else None
-        self._reciprocals = torch.empty(rows, 0)
+        self._reciprocals = torch.empty(rows, 0)  # of all keys from the first insertion on, which read them once
         self.entries = torch.empty(rows, o.num_entries, dtype=torch.int32)
         degree = PackedLinks.capacity(keys.shape[1], o.key_degree)
         if queries.is_cuda:
@@ -106,9 +104,7 @@ class AttentionAwareGraphIndex(TokenIndex):
         if self._compact:
             tensors |= vars(self._compact)
         if self._metric is not None:
-            tensors["mean"] = self._metric.mean
-            if self._metric.root is not None:
-                tensors["root"] = self._metric.root
+            tensors |= {name: tensor for name, tensor in vars(self._metric).items() if tensor is not None}
         return tensors, self._built_for, self.extra
 
     def restore(self, tensors: dict[str, Tensor], keys: Tensor, extra: Tensor | None) -> None:
@@ -125,11 +121,7 @@ class AttentionAwareGraphIndex(TokenIndex):
         self._walk_by(keys, keys if dtype == keys.dtype else take(tensors, "keys", keys.shape, dtype), extra)
         self._metric, self._reciprocals = None, torch.empty(rows, 0)
         if o.key_links:
-            width = keys.shape[2] + (extra is not None)
-            mean = take(tensors, "mean", (rows, width), torch.float32)
-            with_root = "root" in tensors  # none for the plain cosine, and where the build had no queries
-            root = take(tensors, "root", (rows, width, width), torch.float32) if with_root else None
-            self._metric = KeyMetric(mean, root)
+            self._metric = KeyMetric.taken(tensors, rows, keys.shape[2] + (extra is not None))
         self._compact = None
         if o.index_dtype == "int8":
             codes = take(tensors, "codes", keys.shape, torch.int8)
@@ -220,8 +212,9 @@ class AttentionAwareGraphIndex(TokenIndex):
         near, metric = torch.empty(rows, n - before, 0, dtype=torch.int32), self._metric
         reciprocals = torch.empty(0)
         if metric is not None:
-            reciprocals = self._grown_reciprocals(keys, extra, metric)
-            towards = metric.towards(_wide(keys, extra, before))
+            fresh = metric.reciprocals(keys, extra, self._reciprocals.shape[1])
+            reciprocals = torch.cat((self._reciprocals, fresh), 1)
+            towards = metric.towards(keys[:, before:] if extra is None else lift(keys[:, before:], extra[:, before:]))
             near = self._search(towards, max(o.ef_search, o.key_degree)).ids
         links = self.links.grown(n)
         degree = PackedLinks.capacity(n, links.slots)
@@ -256,14 +249,6 @@ class AttentionAwareGraphIndex(TokenIndex):
         self._walk_by(keys, grown, extra)
         self._compact = None if self._compact is None else self._compact.grown(keys)
         self.entries, self.links, self._reciprocals = entries, links, reciprocals
-
-    def _grown_reciprocals(self, keys: Tensor, extra: Tensor | None, metric: KeyMetric) -> Tensor:
-        """KeyMetric.reciprocals [R, N] of all keys; they are kept, so that old keys are read once."""
-        first = self._reciprocals.shape[1]
-        parts = [self._reciprocals]
-        for begin in range(first, keys.shape[1], _KEYS_AT_ONCE):
-            parts.append(metric.reciprocals(_wide(keys[:, : begin + _KEYS_AT_ONCE], extra, begin)))
-        return torch.cat(parts, 1)
 
     def search(self, queries: Tensor, k: int, near: Tensor | None = None) -> SearchResult:
         """Best-first search from `near` and the entries with a beam of max(ef_search, k); see TokenIndex.search."""
@@ -313,24 +298,3 @@ class AttentionAwareGraphIndex(TokenIndex):
         held = [self.links.data, self.entries, self._reciprocals] + ([self.keys] if self._copied else [])
         made = [part.nbytes for part in (self._compact, self._metric) if part is not None]
         return sum(t.nbytes for t in held) + sum(made)
-
-
-def _wide(keys: Tensor, extra: Tensor | None, first: int) -> Tensor:
-    """Those of keys [R, N, D] from `first` on, with their dimension `extra` [R, ..] if there is one, float32."""
-    states = keys[:, first:]
-    return states.float() if extra is None else lift(states, extra[:, first : keys.shape[1]])
-
-
-class _StageClock:
-    """Writes the seconds since the stage before into a dict."""
-
-    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
-        self._seconds, self._device = seconds, device
-        self._last = time.perf_counter()
-
-    def stage(self, name: str) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        self._seconds[name] = now - self._last
-        self._last = now

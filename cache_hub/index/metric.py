@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .base import lift
+from .tensor_file import take
 
 # Last prompt queries of each head, which decode queries resemble most.
 LATE_QUERIES = 512
+# Of which float32 copies are made at a time.
+_KEYS_AT_ONCE = 1 << 14
 
 
 def query_moment(queries: Tensor) -> Tensor:
@@ -43,22 +45,39 @@ class KeyMetric:
         mean = torch.stack([row.mean(0, dtype=torch.float32) for row in keys])
         return cls(mean if extra is None else lift(mean, extra.mean(1)), root)
 
-    @cached_property
+    @classmethod
+    def taken(cls, tensors: dict[str, Tensor], rows: int, dim: int) -> KeyMetric:
+        """Out of what was saved; without a root for the plain cosine, and where the build had no queries. ValueError
+        for tensors that do not fit."""
+        mean = take(tensors, "mean", (rows, dim), torch.float32)
+        root = take(tensors, "root", (rows, dim, dim), torch.float32) if "root" in tensors else None
+        for name, tensor in (("mean", mean), ("root", root)):
+            if tensor is not None and not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name}: got NaN or infinite elements, allowed: finite ones")
+        return cls(mean, root)
+
+    @property
     def form(self) -> Tensor | None:
         """root root^T [R, D, D], contiguous."""
         return None if self.root is None else self.root @ self.root.transpose(1, 2)
 
     def towards(self, states: Tensor) -> Tensor:
-        """For keys [R, n, D] float32 those vectors [R, n, D] whose inner products with other keys are, but for the same
+        """For keys [R, n, D] those vectors [R, n, D] whose inner products with other keys are, but for the same
         number, the metric's inner products with them."""
-        centred = states - self.mean[:, None]
-        return centred if self.form is None else centred @ self.form
+        centred, form = states.float() - self.mean[:, None], self.form
+        return centred if form is None else centred @ form
 
-    def reciprocals(self, states: Tensor) -> Tensor:
-        """1 / length in the metric [R, n] of keys [R, n, D] float32 less the mean; 0 where hardly any is left."""
-        centred = states - self.mean[:, None]
-        lengths = (centred if self.root is None else centred @ self.root).norm(dim=2)
-        return torch.where(lengths > 1e-6 * lengths.amax(1, keepdim=True), 1 / lengths, 0.0)
+    def reciprocals(self, keys: Tensor, extra: Tensor | None, first: int) -> Tensor:
+        """1 / length in the metric, less the mean, [R, N - first] of the keys from `first` on, of keys [R, N, d] and
+        their dimension extra [R, N]; 0 for a key that is hardly another than the mean."""
+        lengths = []
+        for begin in range(first, keys.shape[1], _KEYS_AT_ONCE):
+            some = slice(begin, begin + _KEYS_AT_ONCE)
+            states = keys[:, some].float() if extra is None else lift(keys[:, some], extra[:, some])
+            centred = states - self.mean[:, None]
+            lengths.append((centred if self.root is None else centred @ self.root).norm(dim=2))
+        all_lengths = torch.cat(lengths, 1)
+        return torch.where(all_lengths > 1e-6 * all_lengths.amax(1, keepdim=True), 1 / all_lengths, 0.0)
 
     @property
     def nbytes(self) -> int:
