@@ -69,7 +69,7 @@ class AttentionAwareGraphIndex(TokenIndex):
         wanted = o.key_degree if o.key_links else 0
         root = self._root(queries, extra is not None)
         by_key = key_knn(keys_there, wanted, *how, extra=extra, root=root)
-        self._metric = KeyMetric.of(keys, extra, root) if o.key_links else None
+        self._metric = KeyMetric.of(keys_there, extra, root) if o.key_links else None
         clock.stage("key_key_knn")
 
         self._walk_by(keys, keys.to(self._index_dtype(keys)), extra)

@@ -41,8 +41,8 @@ class KeyMetric:
 
     @classmethod
     def of(cls, keys: Tensor, extra: Tensor | None, root: Tensor | None) -> KeyMetric:
-        """From all keys [R, N, D] on the CPU, and extra [R, N]."""
-        mean = torch.stack([row.mean(0, dtype=torch.float32) for row in keys])
+        """From all keys [R, N, D], on any device, and extra [R, N] on the CPU."""
+        mean = torch.stack([row.mean(0, dtype=torch.float32) for row in keys]).cpu()
         return cls(mean if extra is None else lift(mean, extra.mean(1)), root)
 
     @classmethod
