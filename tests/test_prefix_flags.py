@@ -76,7 +76,7 @@ def test_document_and_question_are_the_needle_prompt(smollm2: Any) -> None:
         (["--load_prefix", "{new}"], "which has no prefix.json, allowed: a saved prefix"),
         (["--load_prefix", "{saved}", "--data_path", "x.json"], "data_path: got 'x.json', allowed: none beside"),
         (["--load_prefix", "{saved}", "--attn_type", "flat"], "strategy: got 'flat', allowed: 'attention_aware_graph'"),
-        (["--load_prefix", "{saved}", "--key_links", "8"], "key_links: got 8, allowed: 16"),
+        (["--load_prefix", "{saved}", "--key_links", "8"], "key_links: got 8, allowed: 24"),
         (["--load_prefix", "{saved}", "--dtype", "bf16"], "dtype: got bfloat16, allowed: float32"),
         (["--save_prefix", "{new}", "--data_path", "{two}", "--question", "?"], "data_path: got 2 inputs"),
     ],

@@ -124,7 +124,7 @@ def test_rows_that_differ_in_search_share_a_build_and_are_as_alone(tmp_path: Pat
         {"name": str(i), "strategy": GRAPH, "set": {f"{GRAPH}.{key}": value for key, value in change.items()}}
         for i, change in enumerate(changes)
     ]
-    sweep.append({**sweep[0], "name": "other build", "set": {**sweep[0]["set"], f"{GRAPH}.key_degree": 16}})
+    sweep.append({**sweep[0], "name": "other build", "set": {**sweep[0]["set"], f"{GRAPH}.key_degree": 30}})
     (tmp_path / "sweep.json").write_text(json.dumps(sweep))
     together = measure(folder, tmp_path / "o.json", "--sweep", str(tmp_path / "sweep.json"))
     assert fills == [GRAPH] * 4  # two builds of two layers

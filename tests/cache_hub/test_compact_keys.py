@@ -110,4 +110,4 @@ def test_the_copy_is_counted_and_the_store_is_not_copied() -> None:
     keys, queries = states(100)
     index = compact_index(keys, queries, num_entries=16)
     assert index.keys is keys
-    assert index.nbytes == 2 * 100 * 8 * 2 + 2 * 16 * 4 + index._compact.nbytes
+    assert index.nbytes == 2 * 100 * 8 * 2 + 2 * 16 * 4 + index._compact.nbytes + index._metric.nbytes
