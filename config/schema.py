@@ -107,8 +107,8 @@ class GraphConfig(Section):
         default=128,
         ge=1,
         description="keys where each search starts, half those that most prompt queries rank first, half those that "
-        "the last ones do. Several, because one entry point may be cut off from whole regions; 128 cost some fifty "
-        "products more than 64 and find regions of keys that a few heads missed",
+        "the last ones do. Several, because one entry point may be cut off from whole regions; 128 are few beside the "
+        "thousand keys and more that a search scores, and find regions that a few heads missed from 64",
     )
 
     insert_batch: int = Field(
