@@ -45,9 +45,10 @@ class GraphConfig(Section):
     )
     projection: Literal["auto", "co_occurrence", "roargraph"] = Field(
         default="auto",
-        description="how the lists of queries make the other links. co_occurrence: to the keys that stand nearest in "
-        "the latest lists that name a key. roargraph: RetrievalAttention's, lists of one pivot pruned by occlusion. "
-        "auto is roargraph where key_links is 0, the paper's recipe, and co_occurrence else, which scores fewer keys",
+        description="how the lists of queries make the other links. co_occurrence: half to the keys that stand nearest "
+        "in the latest lists that name a key, half to what a sample of such lists ranks first. roargraph: "
+        "RetrievalAttention's, lists of one pivot pruned by occlusion. auto is roargraph where key_links is 0, the "
+        "paper's recipe, and co_occurrence else, which scores fewer keys",
     )
     key_metric: Literal["attention", "cosine"] = Field(
         default="attention",
@@ -104,11 +105,10 @@ class GraphConfig(Section):
         "tokens; RetroInfer's 0.232 raised the mean error on real traces of 32,768 tokens by 20 to 33 %",
     )
     num_entries: int = Field(
-        default=128,
+        default=64,
         ge=1,
-        description="keys where each search starts, half those that most prompt queries rank first, half those that "
-        "the last ones do. Several, because one entry point may be cut off from whole regions; 128 are few beside the "
-        "thousand keys and more that a search scores, and find regions that a few heads missed from 64",
+        description="keys where each search starts beside the hits of the step before: those that the last prompt "
+        "queries rank first. Several, because one entry point may be cut off from whole regions",
     )
 
     insert_batch: int = Field(

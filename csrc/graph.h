@@ -17,9 +17,6 @@ inline bool nearer(const Neighbour& a, const Neighbour& b) {
     return a.score != b.score ? a.score > b.score : a.id < b.id;
 }
 
-// Queries of each head that come last in the text: half of the entries are what they rank first.
-constexpr int64_t kLateQueries = 32;
-
 // Id lists, best first, -1 pads: row i is data[i * width .. (i + 1) * width).
 struct Lists {
     const int32_t* data;
@@ -50,13 +47,18 @@ struct HeadInput {
     int32_t* entries;    // [num_entries], -1 pads at the end
 };
 
+// Where searches start: the keys that the last queries rank first, which decode queries resemble most, the latest first;
+// then `earlier` entries, then the first of the n keys. `queries` lists of each query head, in the order of the text.
+// entries: [num_entries], -1 pads.
+void choose_entries(const Lists& lists, int64_t queries, int64_t n, const std::vector<int32_t>& earlier, int64_t num_entries,
+                    int32_t* entries);
+
 // Makes links among the keys of the query -> key lists, by co-occurrence or by the projection step of RoarGraph (arXiv
 // 2408.08933), adds the nearest keys up to the degree, and goes on as repair_graphs.
 int64_t build_graphs(const std::vector<HeadInput>& inputs, const BuildOptions& options, ThreadPool& pool);
 
-// Chooses the entries and links every key that they do not reach. Entries are, half and half, the keys most often ranked
-// first by all queries and by the last ones, which decode queries resemble most. Of the keys only the number is read.
-// Returns the number of keys that had to be linked to become reachable.
+// Chooses the entries and links every key that they do not reach. Of the keys only the number is read. Returns the number of
+// keys that had to be linked to become reachable.
 int64_t repair_graphs(const std::vector<HeadInput>& inputs, const BuildOptions& options, ThreadPool& pool);
 
 }  // namespace rag

@@ -45,35 +45,6 @@ Groups reverse_links(const std::vector<int32_t>& links, int64_t n, int64_t width
     return groups;
 }
 
-// [num_entries], -1 pads: first the keys most often ranked first by any query, then those by the last queries.
-void choose_entries(const Lists& lists, int64_t n, const BuildOptions& options, int32_t* entries) {
-    std::vector<int64_t> votes(n, 0), late_votes(n, 0);
-    for (int64_t i = 0; i < lists.count; ++i) {
-        const int32_t pivot = lists.row(i)[0];
-        if (pivot < 0) continue;
-        ++votes[pivot];
-        if (i % options.queries >= options.queries - kLateQueries) ++late_votes[pivot];
-    }
-    std::vector<int32_t> order(n);
-    std::iota(order.begin(), order.end(), 0);
-    std::vector<uint8_t> chosen(n, 0);
-    int64_t filled = 0;
-    auto take_until = [&](int64_t count, auto&& before) {
-        const int64_t candidates = std::min(options.num_entries, n);
-        std::partial_sort(order.begin(), order.begin() + candidates, order.end(), before);
-        for (int64_t i = 0; i < candidates && filled < count; ++i)
-            if (!chosen[order[i]]) chosen[entries[filled++] = order[i]] = 1;
-    };
-    take_until((std::min(options.num_entries, n) + 1) / 2, [&](int32_t a, int32_t b) {
-        return votes[a] != votes[b] ? votes[a] > votes[b] : a < b;
-    });
-    take_until(std::min(options.num_entries, n), [&](int32_t a, int32_t b) {
-        if (late_votes[a] != late_votes[b]) return late_votes[a] > late_votes[b];
-        return votes[a] != votes[b] ? votes[a] > votes[b] : a < b;
-    });
-    std::fill(entries + filled, entries + options.num_entries, -1);
-}
-
 // The stages of one kv head's build. Each reads only what the stage before has finished: the graph is the same for any
 // number of threads. Stages over nodes write only what belongs to their node.
 class HeadBuild {
@@ -83,7 +54,7 @@ class HeadBuild {
 
     void group() {
         if (options_.co_occurrence) {
-            occurrences_ = std::make_unique<Occurrences>(in_.query_lists, options_.queries, n_);
+            occurrences_ = std::make_unique<Occurrences>(in_.query_lists, options_.queries, n_, width_ / 2, true);
             return;
         }
         by_pivot_ = group_by_pivot(in_.query_lists, n_);
@@ -105,7 +76,7 @@ class HeadBuild {
         int32_t* out = in_.adjacency + y * options_.degree;
         if (options_.co_occurrence) {
             if (static_cast<int64_t>(s.weights.size()) < n_) s.weights.resize(n_, 0);
-            co_occurring(in_.query_lists, *occurrences_, y, width_, s.weights, s.candidates, out);
+            link_by_queries(in_.query_lists, *occurrences_, static_cast<int32_t>(y), width_, width_ / 2, nullptr, {}, s, out);
         } else {
             // The links of y as a pivot and their reverse, pruned again.
             s.begin(static_cast<int32_t>(y), n_);
@@ -153,6 +124,21 @@ void extend_lists(const Rows& keys, const float* queries, const int64_t* visible
     }
 }
 
+void choose_entries(const Lists& lists, int64_t queries, int64_t n, const std::vector<int32_t>& earlier, int64_t num_entries,
+                    int32_t* entries) {
+    std::vector<uint8_t> chosen(n, 0);
+    const int64_t group = queries ? lists.count / queries : 0, wanted = std::min(num_entries, n);
+    int64_t filled = 0;
+    const auto take = [&](int32_t id) {
+        if (id >= 0 && filled < wanted && !chosen[id]) chosen[entries[filled++] = id] = 1;
+    };
+    for (int64_t number = lists.count - 1; number >= 0 && filled < wanted; --number)
+        take(lists.row(number % group * queries + number / group)[0]);
+    for (const int32_t id : earlier) take(id);
+    for (int64_t id = 0; id < n && filled < wanted; ++id) take(static_cast<int32_t>(id));
+    std::fill(entries + filled, entries + num_entries, -1);
+}
+
 int64_t build_graphs(const std::vector<HeadInput>& inputs, const BuildOptions& options, ThreadPool& pool) {
     std::vector<HeadBuild> heads;
     for (const HeadInput& input : inputs) heads.emplace_back(input, options);
@@ -177,7 +163,7 @@ int64_t repair_graphs(const std::vector<HeadInput>& inputs, const BuildOptions& 
     std::atomic<int64_t> repaired{0};
     pool.parallel_for(inputs.size(), 1, [&](int64_t h) {
         const HeadInput& in = inputs[h];
-        choose_entries(in.query_lists, in.keys.n, options, in.entries);
+        choose_entries(in.query_lists, options.queries, in.keys.n, {}, options.num_entries, in.entries);
         repaired += Reachability(in.adjacency, in.keys.n, options.degree).repair(in.entries, options.num_entries);
     });
     return repaired;

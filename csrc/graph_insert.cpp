@@ -64,7 +64,9 @@ class HeadInsert {
         for (int64_t j = 0; j < near_width_; ++j) out[j] = j < static_cast<int64_t>(s.near.size()) ? s.near[j].id : -1;
     }
     void group() {
-        choose_entries();
+        const std::vector<int32_t> earlier(in_.entries, std::find(in_.entries, in_.entries + options_.num_entries, -1));
+        choose_entries({in_.lists, lists(), list_width_}, options_.queries, in_.keys.n, earlier, options_.num_entries,
+                       in_.entries);
         if (options_.co_occurrence) {
             name_keys();
             return;
@@ -140,19 +142,18 @@ class HeadInsert {
         prune_fill(in_.keys, y, options_.query_links, s.prune, s.out.data());
         return std::find(s.out.begin(), s.out.begin() + options_.query_links, -1) - s.out.begin();
     }
-    // Those of the lists, the latest that there are, then what earlier ones left, in its order.
+    // Those of the lists; an old key gets one new pivot and keeps earlier links as far as there is room.
     int64_t link_co_occurring(int32_t y, Scratch& s) {
         const int64_t most = options_.query_links, local = place_of(y);
-        int64_t filled = 0;
-        if (local >= 0) {
-            if (s.prune.weights.size() < named_.size()) s.prune.weights.resize(named_.size(), 0);
-            co_occurring(named_lists(), *occurrences_, local, most, s.prune.weights, s.prune.candidates, s.out.data());
-            for (; filled < most && s.out[filled] >= 0; ++filled) s.out[filled] = named_[s.out[filled]];
+        if (local < 0) {
+            const int64_t kept = std::min<int64_t>(most, s.earlier.size());
+            std::copy_n(s.earlier.begin(), kept, s.out.begin());
+            return kept;
         }
-        for (size_t i = 0; i < s.earlier.size() && filled < most; ++i)
-            if (std::find(s.out.begin(), s.out.begin() + filled, s.earlier[i]) == s.out.begin() + filled)
-                s.out[filled++] = s.earlier[i];
-        return filled;
+        if (s.prune.weights.size() < named_.size()) s.prune.weights.resize(named_.size(), 0);
+        const int64_t pivots = y < in_.before ? std::min<int64_t>(occurrences_->sampled(), 1) : occurrences_->sampled();
+        return link_by_queries(named_lists(), *occurrences_, static_cast<int32_t>(local), most, pivots, named_.data(),
+                               s.earlier, s.prune, s.out.data());
     }
     // The lists by places among the keys that they name, ascending: memory for these, not for all keys.
     void name_keys() {
@@ -161,7 +162,8 @@ class HeadInsert {
         sort_unique(named_);
         local_.reserve(lists() * list_width_);
         for (const int32_t* id = begin; id < end; ++id) local_.push_back(place_of(*id));
-        occurrences_ = std::make_unique<Occurrences>(named_lists(), options_.queries, named_.size());
+        occurrences_ = std::make_unique<Occurrences>(named_lists(), options_.queries, named_.size(), options_.query_links / 2,
+                                                     false);
     }
     Lists named_lists() const { return {local_.data(), lists(), list_width_}; }
     int32_t place_of(int32_t id) const {
@@ -223,31 +225,6 @@ class HeadInsert {
         for (size_t head = 0; head < queue.size(); ++head) in_.links.each(queue[head], meet);
         return static_cast<int64_t>(queue.size()) == in_.keys.n;
     }
-    // The first half stays; the other one is what the last queries rank first, then what it was.
-    void choose_entries() {
-        std::vector<int32_t> first;
-        for (int64_t i = 0; i < lists(); ++i)
-            if (i % options_.queries >= options_.queries - kLateQueries && pivot(i) >= 0) first.push_back(pivot(i));
-        std::sort(first.begin(), first.end());
-        std::vector<Neighbour> votes;
-        for (size_t i = 0; i < first.size(); ++i) {
-            if (i == 0 || first[i] != first[i - 1]) votes.push_back({0.f, first[i]});
-            votes.back().score += 1.f;
-        }
-        std::sort(votes.begin(), votes.end(), nearer);
-
-        const std::vector<int32_t> before(in_.entries, std::find(in_.entries, in_.entries + options_.num_entries, -1));
-        const int64_t stay = std::min<int64_t>((std::min(options_.num_entries, in_.keys.n) + 1) / 2, before.size());
-        int64_t filled = stay;
-        auto take = [&](int32_t id) {
-            if (filled < options_.num_entries && std::find(in_.entries, in_.entries + filled, id) == in_.entries + filled)
-                in_.entries[filled++] = id;
-        };
-        for (const Neighbour& one : votes) take(one.id);
-        for (size_t i = stay; i < before.size(); ++i) take(before[i]);
-        std::fill(in_.entries + filled, in_.entries + options_.num_entries, -1);
-    }
-
     HeadGrowth in_;
     BuildOptions options_;
     int64_t group_, list_width_, fresh_, width_, key_links_, near_width_;

@@ -27,8 +27,8 @@ struct HeadGrowth {
 // by mean-centred cosine in the metric, and these to it where it is nearer than what they have. Of an old key that few
 // lists name the links by earlier queries stay. Query i of each query head sees
 // the keys 0 .. visible[i] - 1, all old ones among them, visible non-decreasing. `options.queries` is their number.
-// Half of the entries become the keys most often ranked first by the last queries; what is cut off is linked. Returns the
-// number of keys that had to be linked to become reachable. The same for any number of threads.
+// Entries are chosen anew, the earlier ones after those of the new lists; what is cut off is linked. Returns the number of
+// keys that had to be linked to become reachable. The same for any number of threads.
 int64_t insert_keys(const std::vector<HeadGrowth>& inputs, const BuildOptions& options, int64_t group, int64_t list_width,
                     const int64_t* visible, ThreadPool& pool);
 

@@ -35,7 +35,8 @@ float score_of(uint64_t e) {
 void BeamSearch::start(const Graph& graph, const float* query, int64_t width, const int32_t* near, int64_t num_near) {
     graph_ = &graph;
     query_ = query;
-    const int64_t n = graph.keys.n, batch = std::max(graph.links.slots, num_near + graph.num_entries);
+    const int64_t n = graph.keys.n, followed = std::min(num_near, kFollowed),
+                  batch = std::max(graph.links.slots, num_near + followed + graph.num_entries);
     width_ = std::min(width, n);
     if (static_cast<int64_t>(seen_.size()) < n) seen_.assign(n, 0), epoch_ = 0;
     if (++epoch_ == 0) std::fill(seen_.begin(), seen_.end(), 0), epoch_ = 1;
@@ -45,6 +46,8 @@ void BeamSearch::start(const Graph& graph, const float* query, int64_t width, co
     expanding_ = -1;
     gather([&](auto&& meet) {
         for (int64_t i = 0; i < num_near && near[i] >= 0; ++i) meet(near[i]);
+        for (int64_t i = 0; i < followed && near[i] >= 0; ++i)
+            if (near[i] + 1 < n) meet(near[i] + 1);
         for (int64_t i = 0; i < graph.num_entries && graph.entries[i] >= 0; ++i) meet(graph.entries[i]);
     });
 }

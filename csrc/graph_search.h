@@ -16,12 +16,16 @@ struct Graph {
     Rows exact = {};  // keys that the beam is ranked by in the end; without data: those it walks by
 };
 
+// Of the keys that a search starts from, the first so many start it with the key after them too: what is copied from the
+// text is wanted step by step.
+constexpr int64_t kFollowed = 20;
+
 // One query's search with a beam of the `width` best keys met. After `start`, `step` until it says false, then `finish`.
 // Between two steps the rows that the next one reads are on their way from memory: several searches of one thread that
 // step in turns wait less. Buffers are reused over queries: nothing is allocated or cleared per query.
 class BeamSearch {
    public:
-    // Starts from near [num_near], -1 pads at the end, and the graph's entries. graph and query must outlive the search.
+    // Starts from near [num_near], best first, -1 pads at the end, and the graph's entries. graph and query must outlive the search.
     void start(const Graph& graph, const float* query, int64_t width, const int32_t* near, int64_t num_near);
     bool step();
     // ids, scores [k], best first, -1 / -inf pads. Returns the number of inner products computed.

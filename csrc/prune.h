@@ -14,7 +14,7 @@ class PruneScratch {
     std::vector<Neighbour> sorted;
     std::vector<int32_t> candidates, rejected;
     std::vector<float> pivot, kept_rows, scores;
-    std::vector<uint32_t> weights;  // of co_occurring
+    std::vector<uint32_t> weights;  // of link_by_queries: 0 before and after
 
     void begin(int32_t x, int64_t n) {
         candidates.clear();

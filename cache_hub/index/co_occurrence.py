@@ -8,19 +8,31 @@ from torch import Tensor
 _LATEST_LISTS = 3
 # Keys whose candidates are ranked at once.
 _KEYS_AT_ONCE = 1 << 17
+_ONE = 1 << 16
 
 
 def co_occurrence_links(lists: Tensor, n: int, width: int) -> Tensor:
-    """The keys that stand nearest to each of n keys in the latest lists that name it: [n, width] int32, -1 pads at the
-    end.
+    """Links of each of n keys made of the lists that name it: [n, width] int32, -1 pads at the end.
 
     lists [g, M, k] int32, as causal_knn returns them for one row; of one position, those of a later head come later.
-    Each of the three latest lists that name a key adds to the weight of its member of rank j, where the key has rank r,
-    131072 // (2 + |j - r|) + k - j. Greatest weight first, equal ones by id.
+    Half of the links lead to the keys that stand nearest in the latest lists: each of the three latest lists that name
+    a key adds to the weight of its member of rank j, where the key has rank r, 131072 // (2 + |j - r|) + k - j; greatest
+    weight first, equal ones by id. The others lead to what a sample of the lists ranks first, see _sampled_pivots; places
+    left are for more of the first kind.
     """
-    device, k = lists.device, lists.shape[2]
-    by_time = lists.transpose(0, 1).reshape(-1, k)
-    places = _latest_places(by_time, n)
+    by_time = lists.transpose(0, 1).reshape(-1, lists.shape[2])
+    backwards = by_time.flatten().flip(0)
+    named, order = backwards.sort(stable=True)
+    begin = torch.searchsorted(named, torch.arange(n + 1, dtype=named.dtype, device=named.device))
+    near = _nearest_in_lists(by_time, _latest_places(order, begin), n, width)
+    pivots = _sampled_pivots(by_time, named, order, begin, width // 2)
+    half = (width + 1) // 2
+    return _first_of_each(torch.cat((near[:, :half], pivots, near[:, half:]), 1), width)
+
+
+def _nearest_in_lists(by_time: Tensor, places: Tensor, n: int, width: int) -> Tensor:
+    """[n, width] int32, -1 pads, for lists by_time [T, k]; places as _latest_places tells them."""
+    device, k = by_time.device, by_time.shape[1]
     links = torch.full((n, width), -1, dtype=torch.int32, device=device)
     rank = torch.arange(k, device=device)
     for first in range(0, n if width else 0, _KEYS_AT_ONCE):
@@ -44,11 +56,51 @@ def co_occurrence_links(lists: Tensor, n: int, width: int) -> Tensor:
     return links
 
 
-def _latest_places(by_time: Tensor, n: int) -> Tensor:
-    """Where in by_time [T, k], flattened, each of n keys is named last: [n, 3] int64, latest first, -1 pads."""
-    backwards = by_time.flatten().flip(0)
-    named, order = backwards.sort(stable=True)
-    begin = torch.searchsorted(named, torch.arange(n + 1, dtype=named.dtype, device=named.device))
-    at = begin[:-1, None] + torch.arange(_LATEST_LISTS, device=named.device)
+def _latest_places(order: Tensor, begin: Tensor) -> Tensor:
+    """Where in the lists, flattened, each of n keys is named last: [n, 3] int64, latest first, -1 pads. order [T * k]:
+    places counted from the end, by key; begin [n + 1]: where the places of a key begin in it."""
+    at = begin[:-1, None] + torch.arange(_LATEST_LISTS, device=order.device)
     there = at < begin[1:, None]
-    return torch.where(there, len(named) - 1 - order[at.clamp(max=max(len(named) - 1, 0))], -1)
+    return torch.where(there, len(order) - 1 - order[at.clamp(max=max(len(order) - 1, 0))], -1)
+
+
+def _sampled_pivots(by_time: Tensor, named: Tensor, order: Tensor, begin: Tensor, sampled: int) -> Tensor:
+    """What lists by_time [T, k] rank first, or second where that is the key itself: [n, sampled] int32, -1 for none.
+
+    Sample i of a key is the latest list that names it not after number last - (last - first) * u * u, where
+    u = (i + chance) / sampled and as large a part of the lists is before `first` as of the keys before the key.
+    named [T * k]: whom `order` names, ascending; order and begin as in _latest_places.
+    """
+    (count, k), n, device = by_time.shape, len(begin) - 1, by_time.device
+    if not sampled or not count:
+        return torch.full((n, sampled), -1, dtype=torch.int32, device=device)
+    key = torch.arange(n, device=device)[:, None]
+    sample = torch.arange(sampled, device=device)
+    u = (sample * _ONE + _chance(key, sample)) // sampled
+    first = key * count // n
+    due = count - 1 - ((count - 1 - first) * (u * u // _ONE)) // _ONE
+    # Ascending: a key's places from the last list on. -1 stands before every key.
+    place = named.long() * count + order // k
+    at = torch.searchsorted(place, key * count + (count - 1 - due))
+    there = at < begin[1:, None]
+    chosen = by_time[count - 1 - order[at.clamp(max=len(order) - 1)] // k]
+    chosen = torch.nn.functional.pad(chosen, (0, 1), value=-1)
+    pivots = torch.where(chosen[..., 0] == key, chosen[..., 1], chosen[..., 0])
+    return torch.where(there, pivots, -1)
+
+
+def _chance(key: Tensor, sample: Tensor) -> Tensor:
+    """As in csrc/co_occurrence.cpp: a number in [0, 65536) of two whole numbers, in 32 bits."""
+    mixed = (key * 2654435761 + sample * 2246822519) & 0xFFFFFFFF
+    mixed = ((mixed ^ mixed >> 15) * 2246822519) & 0xFFFFFFFF
+    return (mixed ^ mixed >> 13) >> 16
+
+
+def _first_of_each(ids: Tensor, width: int) -> Tensor:
+    """The first `width` different ids >= 0 of each row of ids [n, W], in their order: [n, width], -1 pads."""
+    again = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(2)
+    wanted = (ids >= 0) & ~again
+    place = wanted.cumsum(1) - 1
+    place = torch.where(wanted & (place < width), place, width)
+    out = torch.full((len(ids), width + 1), -1, dtype=ids.dtype, device=ids.device)
+    return out.scatter_(1, place, ids)[:, :width]

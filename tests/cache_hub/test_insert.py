@@ -119,18 +119,20 @@ def test_new_keys_get_and_give_links_to_old_ones() -> None:
     assert bool((links == twin[:, None]).any(1).all())
 
 
-def test_half_of_the_entries_follow_the_last_queries() -> None:
-    keys, queries = states(900, group=1, rows=1)
-    keys[:, 800:] += 3 * queries.mean((1, 2))[:, None]
-    index = make_index("attention_aware_graph", num_entries=8)
-    index.build(keys[:, :800], queries[:, :, :800], torch.arange(800))
-    before = index.entries[0].tolist()
-    index.insert(keys, queries[:, :, 800:], torch.arange(800, 900))
-    after = index.entries[0].tolist()
-    first = [int((queries[0, 0, m] @ keys[0, : m + 1].T).argmax()) for m in range(868, 900)]
-    votes = torch.tensor(first).bincount(minlength=900)
-    assert after[:4] == before[:4]
-    assert votes[after[4:]].tolist() == votes.topk(4).values.tolist()
+@pytest.mark.parametrize("new", [100, 1])
+def test_the_entries_follow_the_last_queries(new: int) -> None:
+    """By searches that find everything; where the new queries name too few keys, the earlier entries follow."""
+    keys, queries = states(900, group=3, rows=1)
+    before = 900 - new
+    index = make_index("attention_aware_graph", num_entries=8, ef_search=900, index_dtype="auto")
+    index.build(keys[:, :before], queries[:, :, :before], torch.arange(before))
+    earlier = index.entries[0].tolist()
+    index.insert(keys, queries[:, :, before:], torch.arange(before, 900))
+    seen = torch.arange(900)[None, :] <= torch.arange(before, 900)[:, None]
+    first = (queries[0, :, before:] @ keys[0].T).masked_fill(~seen, float("-inf")).argmax(-1)
+    latest = list(dict.fromkeys(first.T.flatten().flip(0).tolist()))
+    assert (len(latest) < 8) == (new == 1)
+    assert index.entries[0].tolist() == list(dict.fromkeys(latest + earlier))[:8]
 
 
 @pytest.mark.parametrize("index_dtype", ["auto", "bfloat16", "int8"])
@@ -150,26 +152,38 @@ def test_a_longer_view_of_one_store_and_a_copy_of_it(index_dtype: str) -> None:
     assert index.nbytes == beside + copies[index_dtype]
 
 
-def test_query_links_are_by_co_occurrence_in_the_latest_lists_then_those_before() -> None:
-    """In whole numbers, by searches that find everything: links of a key that the new lists do not name stay, and
-    those of the others are the build's from the same lists, filled up."""
+def test_query_links_are_those_of_the_new_lists_then_those_before() -> None:
+    """By searches that find everything: links of a key that the new lists do not name stay; another old one has as many
+    by co-occurrence as in a build of the new lists, one new pivot or none, then those before, its pivots first."""
     torch.manual_seed(0)
     keys = torch.randn(2, 90, 64)
     queries = torch.randn(2, 3, 100, 64)
-    options = {"key_degree": 10, "key_links": 5, "q_knn": 4, "ef_search": 90, "index_dtype": "auto", "num_entries": 90}
+    options = {"key_degree": 11, "key_links": 5, "q_knn": 6, "ef_search": 90, "index_dtype": "auto", "num_entries": 90}
     index = AttentionAwareGraphIndex(**options)
     index.build(keys[:, :80], queries[:, :, :80])
     old = index.adjacency
     index.insert(keys, queries[:, :, 80:])
-    latest = AttentionAwareGraphIndex(**{**options, "key_links": 0, "key_degree": 5, "projection": "co_occurrence"})
+    latest = AttentionAwareGraphIndex(**{**options, "key_links": 0, "key_degree": 6, "projection": "co_occurrence"})
     latest.build(keys, queries[:, :, 80:])
     assert latest.repaired_keys == index.repaired_keys == 0
+    firsts = (queries[:, :, 80:] @ keys[:, None].transpose(2, 3)).topk(2).indices.flatten(1)
+    added = 0
     for row in range(2):
         for key, links in enumerate(index.adjacency[row].tolist()):
-            wanted = [link for link in latest.adjacency[row, key].tolist() if link >= 0]
+            by_lists = [link for link in latest.adjacency[row, key].tolist() if link >= 0]
+            before = old[row, key, :6].tolist() if key < 80 else []
+            near = by_lists[:3]
+            assert links[: len(near)] == near
+            rest = links[len(near) : 6]
             if key < 80:
-                wanted += [link for link in old[row, key, :5].tolist() if link not in wanted][: 5 - len(wanted)]
-            assert links[: len(wanted)] == wanted
+                earlier = [link for link in before[3:] + before[:3] if link not in near]
+                if rest and near and rest[0] not in earlier[:1]:
+                    assert rest[0] in firsts[row]
+                    added += 1
+                    earlier = [link for link in earlier if link != rest[0]]
+                    rest = rest[1:]
+                assert rest == (earlier if near else before)[: len(rest)]
+    assert added > 10
 
 
 def test_key_links_are_the_nearest_in_the_metric() -> None:

@@ -32,23 +32,35 @@ def test_links_equal_the_native_ones(
         assert int((links != native.adjacency).any(2).sum()) <= native.repaired_keys
 
 
+def chance(key: int, sample: int) -> int:
+    mixed = (key * 2654435761 + sample * 2246822519) % 2**32
+    mixed = ((mixed ^ mixed >> 15) * 2246822519) % 2**32
+    return (mixed ^ mixed >> 13) >> 16
+
+
 def plain_co_occurrence(lists: torch.Tensor, n: int, width: int) -> list[list[int]]:
     """What csrc/co_occurrence.h says, for lists [g, M, k] of one row."""
     group, queries, k = lists.shape
-    naming: list[list[tuple[list[int], int]]] = [[] for _ in range(n)]
-    for m in reversed(range(queries)):
-        for head in reversed(range(group)):
-            ids = [i for i in lists[head, m].tolist() if i >= 0]
-            for rank, key in enumerate(ids):
-                naming[key].append((ids, rank))
+    by_time = [[i for i in lists[head, m].tolist() if i >= 0] for m in range(queries) for head in range(group)]
     links = []
     for key in range(n):
+        naming = [number for number, ids in enumerate(by_time) if key in ids]
         weights: dict[int, int] = {}
-        for ids, rank in naming[key][:3]:
-            for j, other in enumerate(ids):
+        for number in naming[-3:]:
+            rank = by_time[number].index(key)
+            for j, other in enumerate(by_time[number]):
                 if other != key:
                     weights[other] = weights.get(other, 0) + 131072 // (2 + abs(j - rank)) + k - j
-        best = sorted(weights, key=lambda other: (-weights[other], other))[:width]
+        near = sorted(weights, key=lambda other: (-weights[other], other))[:width]
+        last, first, pivots = len(by_time) - 1, key * len(by_time) // n, []
+        for i in range(width // 2):
+            u = (i * 65536 + chance(key, i)) // (width // 2)
+            due = last - ((last - first) * (u * u // 65536)) // 65536
+            before = [number for number in naming if number <= due]
+            if before:
+                pivots += [other for other in by_time[before[-1]][:2] if other != key][:1]
+        half = (width + 1) // 2
+        best = list(dict.fromkeys(near[:half] + pivots + near[half:]))[:width]
         links.append(best + [-1] * (width - len(best)))
     return links
 
