@@ -78,7 +78,7 @@ class AttentionAwareGraphIndex(TokenIndex):
         self.entries = torch.empty(rows, o.num_entries, dtype=torch.int32)
         degree = PackedLinks.capacity(keys.shape[1], o.key_degree)
         if queries.is_cuda:
-            wide = keys_there if extra is None else lift(keys_there, extra)
+            wide = keys_there if extra is None or self._by_co_occurrence else lift(keys_there, extra)
             links = self._build_on_gpu(wide, by_query, by_key, degree)
         else:
             links = self._build_on_cpu(keys, by_query, by_key, degree)

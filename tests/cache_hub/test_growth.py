@@ -47,6 +47,17 @@ def test_retrieving_everything_equals_full_attention(strategy: str, estimation: 
     assert cache.stats.seconds["insert"] > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("estimation", ESTIMATIONS)
+@pytest.mark.parametrize("strategy", ESTIMATING)
+def test_beside_a_gpu_retrieving_everything_equals_full_attention(strategy: str, estimation: str) -> None:
+    run = Run([300, 131], steps=STEPS, device="cuda:0")
+    cache = make_cache(strategy, settings(400, estimation=estimation), **run.common())
+    run.prefill(cache)
+    assert relative_error(run.decode(cache), run.full_attention()) < 1e-4
+
+
 def test_sequences_prefilled_together_move_together() -> None:
     run = Run([150, 150, 150], steps=STEPS)
     cache = make_cache("attention_aware_graph", settings(400), **run.common(prefill_bsz=3))
