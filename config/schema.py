@@ -64,8 +64,9 @@ class GraphConfig(Section):
     warm_start: int = Field(
         default=100,
         ge=0,
-        description="hits of the step before that each query head's search starts from, beside the entries; 0: none. "
-        "Neighbouring queries want much the same keys: on traces the same search finds more for as many keys scored",
+        description="hits of the step before, of each query head, that the searches of its kv head start from, beside "
+        "the entries; 0: none. Neighbouring queries want much the same keys: on traces the same search finds more for "
+        "as many keys scored",
     )
     top_k: int = Field(
         default=100,

@@ -176,8 +176,9 @@ PYBIND11_MODULE(_native, m) {
             threads(num_threads)->parallel_for(keys.heads * tasks, 1, [&](int64_t task) {
                 const Graph& graph = graphs[task / tasks];
                 const int64_t begin = task % tasks * some, first = task / tasks * group + begin;
-                search_graph(graph, at<const float>(queries) + first * graph.keys.width(), std::min(some, group - begin),
-                             at<const int32_t>(near) + first * num_near, num_near, k, ef, at<int32_t>(ids) + first * k, at<float>(scores) + first * k,
+                const Starts starts{at<const int32_t>(near) + (first - begin) * num_near, group, num_near};
+                search_graph(graph, at<const float>(queries) + first * graph.keys.width(), std::min(some, group - begin), starts,
+                             begin, k, ef, at<int32_t>(ids) + first * k, at<float>(scores) + first * k,
                              at<int64_t>(keys_scored) + first);
             });
         },

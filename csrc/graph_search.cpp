@@ -32,22 +32,25 @@ float score_of(uint64_t e) {
 
 }  // namespace
 
-void BeamSearch::start(const Graph& graph, const float* query, int64_t width, const int32_t* near, int64_t num_near) {
+void BeamSearch::start(const Graph& graph, const float* query, int64_t width, const Starts& starts, int64_t own) {
     graph_ = &graph;
     query_ = query;
-    const int64_t n = graph.keys.n, followed = std::min(num_near, kFollowed),
-                  batch = std::max(graph.links.slots, num_near + followed + graph.num_entries);
+    const int64_t n = graph.keys.n, followed = std::min(starts.width, kFollowed);
     width_ = std::min(width, n);
     if (static_cast<int64_t>(seen_.size()) < n) seen_.assign(n, 0), epoch_ = 0;
     if (++epoch_ == 0) std::fill(seen_.begin(), seen_.end(), 0), epoch_ = 1;
     if (static_cast<int64_t>(beam_.size()) < width_ + 1) beam_.resize(width_ + 1);
-    hold(batch);
+    hold(std::max(graph.links.slots, starts.group * starts.width + followed + graph.num_entries));
     filled_ = next_ = fresh_count_ = scored_ = 0;
     expanding_ = -1;
     gather([&](auto&& meet) {
-        for (int64_t i = 0; i < num_near && near[i] >= 0; ++i) meet(near[i]);
-        for (int64_t i = 0; i < followed && near[i] >= 0; ++i)
-            if (near[i] + 1 < n) meet(near[i] + 1);
+        for (int64_t head = 0; head < starts.group; ++head) {
+            const int32_t* ids = starts.ids + head * starts.width;
+            for (int64_t i = 0; i < starts.width && ids[i] >= 0; ++i) {
+                meet(ids[i]);
+                if (head == own && i < followed && ids[i] + 1 < n) meet(ids[i] + 1);
+            }
+        }
         for (int64_t i = 0; i < graph.num_entries && graph.entries[i] >= 0; ++i) meet(graph.entries[i]);
     });
 }
@@ -144,8 +147,8 @@ int64_t BeamSearch::finish(int64_t k, int32_t* ids, float* scores) {
     return scored_;
 }
 
-void search_graph(const Graph& graph, const float* queries, int64_t count, const int32_t* near, int64_t num_near,
-                  int64_t k, int64_t ef, int32_t* ids, float* scores, int64_t* keys_scored) {
+void search_graph(const Graph& graph, const float* queries, int64_t count, const Starts& starts, int64_t own, int64_t k,
+                  int64_t ef, int32_t* ids, float* scores, int64_t* keys_scored) {
     constexpr int64_t kTurns = 8;
     thread_local std::array<BeamSearch, kTurns> searches;
     for (int64_t first = 0; first < count; first += kTurns) {
@@ -154,7 +157,7 @@ void search_graph(const Graph& graph, const float* queries, int64_t count, const
         int64_t left = 0;
         for (int64_t i = first; i < last; ++i) {
             going[left] = &searches[i - first];
-            going[left++]->start(graph, queries + i * graph.keys.width(), std::max(ef, k), near + i * num_near, num_near);
+            going[left++]->start(graph, queries + i * graph.keys.width(), std::max(ef, k), starts, own + i);
         }
         while (left) {
             int64_t on = 0;

@@ -16,8 +16,13 @@ struct Graph {
     Rows exact = {};  // keys that the beam is ranked by in the end; without data: those it walks by
 };
 
-// Of the keys that a search starts from, the first so many start it with the key after them too: what is copied from the
-// text is wanted step by step.
+// Where the searches of a kv head start beside the entries: keys ids [group, width] that its query heads found before, best
+// first, -1 pads at the end. Each starts from those of all; and from the keys after the first kFollowed of its own, since
+// what is copied from the text is wanted step by step.
+struct Starts {
+    const int32_t* ids;
+    int64_t group, width;
+};
 constexpr int64_t kFollowed = 20;
 
 // One query's search with a beam of the `width` best keys met. After `start`, `step` until it says false, then `finish`.
@@ -25,8 +30,8 @@ constexpr int64_t kFollowed = 20;
 // step in turns wait less. Buffers are reused over queries: nothing is allocated or cleared per query.
 class BeamSearch {
    public:
-    // Starts from near [num_near], best first, -1 pads at the end, and the graph's entries. graph and query must outlive the search.
-    void start(const Graph& graph, const float* query, int64_t width, const int32_t* near, int64_t num_near);
+    // Starts as query head `own`. graph and query must outlive the search.
+    void start(const Graph& graph, const float* query, int64_t width, const Starts& starts, int64_t own);
     bool step();
     // ids, scores [k], best first, -1 / -inf pads. Returns the number of inner products computed.
     int64_t finish(int64_t k, int32_t* ids, float* scores);
@@ -50,10 +55,10 @@ class BeamSearch {
     std::vector<float> scores_;
 };
 
-// Searches queries [count, width()] of one graph, up to eight in turns, each with a beam of max(ef, k) and from its own
-// of near [count, num_near]. ids, scores [count, k] and keys_scored [count] as `finish` tells them.
-void search_graph(const Graph& graph, const float* queries, int64_t count, const int32_t* near, int64_t num_near,
-                  int64_t k, int64_t ef, int32_t* ids, float* scores, int64_t* keys_scored);
+// Searches queries [count, width()] of one graph, those of the query heads from `own` on, up to eight in turns, each with a
+// beam of max(ef, k). ids, scores [count, k] and keys_scored [count] as `finish` tells them.
+void search_graph(const Graph& graph, const float* queries, int64_t count, const Starts& starts, int64_t own, int64_t k,
+                  int64_t ef, int32_t* ids, float* scores, int64_t* keys_scored);
 
 // Each id of ids [width] once, plus `first`, in the order met, then -1 pads: out [width]. Negative ids are pads. Returns
 // how many there are.

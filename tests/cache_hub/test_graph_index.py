@@ -94,8 +94,8 @@ def test_search_is_the_plain_one(
 
 
 def test_a_search_starts_from_near_keys_too() -> None:
-    """As from further entries and, for the first 20, from the keys after them, -1 pads left out; a beam of 1 from a far
-    entry alone stays where it is."""
+    """Those of all query heads of a kv head, as from further entries; and from the keys after a head's own first 20. -1
+    pads are left out; a beam of 1 from a far entry alone stays where it is."""
     torch.manual_seed(0)
     keys, queries = torch.randint(-2, 3, (2, 300, 16)).float(), torch.randint(-2, 3, (2, 3, 16)).float()
     index = make_index("attention_aware_graph", key_degree=4, key_links=2, q_knn=4, num_entries=2, ef_search=1)
@@ -108,9 +108,8 @@ def test_a_search_starts_from_near_keys_too() -> None:
     found = index.search(queries, 1, near)
     for row in range(2):
         for head in range(3):
-            given = near[row, head][near[row, head] >= 0]
-            after = given[:20] + 1
-            starts = torch.cat((given, after[after < 300], index.entries[row]))
+            after = near[row, head, :20][near[row, head, :20] >= 0] + 1
+            starts = torch.cat((near[row].flatten(), after[after < 300], index.entries[row]))
             ids, _, scored = beam_search(keys[row], index.adjacency[row], starts, queries[row, head], 1, 1)
             assert (found.ids[row, head].tolist(), int(found.keys_scored[row, head])) == (ids, scored)
     best = (queries[:, :, None] * keys[:, None]).sum(-1).argmax(-1)[..., None].int()
