@@ -1,0 +1,50 @@
+// Products of 32 keys with 32 queries at a time, once for each kind of CPU: near what the keys' exact scores are.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "row_kernels.h"
+
+namespace rag {
+
+constexpr int64_t kTile = 32;
+
+// Lengths of a vector x and of what a kernel leaves out of it: x = high + low + rest. A kernel multiplies high by high,
+// low by high and high by low.
+struct Lengths {
+    float all, low, rest;
+};
+
+// kTile vectors in a kernel's form. `low` is null where the low parts of all are 0.
+struct Packed {
+    const char* high;
+    const char* low;
+};
+
+// A vector's packed form has `depth` elements, a multiple of `step` and no fewer than it has. Packed blocks are at multiples
+// of 64 bytes, kTile * depth * item bytes each.
+struct TileKernel {
+    const char* name;
+    int64_t step, item;
+    bool halves;  // high and low, or all of it in high
+    // Packs rows [kTile, dim] float32; lengths [kTile]. Returns whether a low part is not 0.
+    bool (*pack_keys)(const float* rows, int64_t dim, int64_t depth, char* high, char* low, Lengths* lengths);
+    bool (*pack_queries)(const float* rows, int64_t dim, int64_t depth, char* high, char* low, Lengths* lengths);
+    // scores [kTile keys, kTile queries], at a multiple of 64 bytes.
+    void (*multiply)(const Packed& keys, const Packed& queries, int64_t depth, float* scores);
+    // Bit q of masks[i]: not scores[i, q] < limits[q]. Returns the bits of the masks that are not 0.
+    uint32_t (*compare)(const float* scores, const float* limits, uint32_t* masks);
+    // Around the calls of multiply that a thread makes; null where nothing is to be done.
+    void (*begin)(char saved[64]);
+    void (*end)(const char saved[64]);
+};
+
+// Those that this CPU runs, fastest first. The last one is plain C++.
+const std::vector<TileKernel>& tile_kernels();
+
+#ifdef RAG_X86
+// The one of AMX in bfloat16, or null: an operating system has to allow it.
+const TileKernel* amx_kernel();
+#endif
+
+}  // namespace rag
