@@ -12,6 +12,7 @@ namespace rag {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kHalvings = 24;
 constexpr int64_t kPanel = 16;  // blocks of keys that are packed at a time, for all queries
 // Half a unit in the last place of 1.
 constexpr float kRounding = 0x1p-24f;
@@ -31,7 +32,7 @@ class Blocks {
     char* high(int64_t i) { return high_.data()->bytes + i * bytes_; }
     char* low(int64_t i) { return low_.empty() ? nullptr : low_.data()->bytes + i * bytes_; }
     void fill(int64_t i, bool has_low) { filled_[i] = has_low; }
-    Packed operator[](int64_t i) { return {high(i), filled_[i] ? low(i) : nullptr}; }
+    Packed packed(int64_t i, bool fine) { return {high(i), fine && filled_[i] ? low(i) : nullptr}; }
 
    private:
     int64_t bytes_;
@@ -45,20 +46,17 @@ struct BlockLengths {
 };
 
 // How far a key's product may be from its score, at most: by what is left out of both (Cauchy and Schwarz), by rounding
-// of the sums of both. limits: below these no product is of use.
-RAG_CLONES void set_limits(const BlockLengths& queries, const Lengths& keys, float rounding, const float* best, float* errors,
-                           float* limits) {
-    const float rest = keys.rest + rounding * keys.all;
+// of the sums of both. limits: below these no product is of use. Not `fine`: high parts alone are multiplied.
+RAG_CLONES void set_limits(const BlockLengths& queries, const Lengths& keys, bool fine, float rounding, const float* best,
+                           float* errors, float* limits) {
+    const float rounded = rounding * keys.all;
     for (int64_t q = 0; q < kTile; ++q) {
-        errors[q] = queries.all[q] * rest + queries.rest[q] * keys.all + queries.low[q] * keys.low;
+        const float all = queries.all[q], low = queries.low[q], rest = queries.rest[q];
+        const float with_low = all * (keys.rest + rounded) + low * keys.low + rest * (keys.all + keys.rest);
+        const float without = all * (keys.low + keys.rest + rounded) + (low + rest) * (keys.all + keys.low + keys.rest);
+        errors[q] = fine ? with_low : without;
         limits[q] = best[q] - errors[q];
     }
-}
-
-RAG_CLONES int64_t count_from(const float* values, int64_t count, float least) {
-    int32_t found = 0;
-    for (int64_t j = 0; j < count; ++j) found += values[j] >= least;
-    return found;
 }
 
 // Floats as whole numbers of the same order.
@@ -74,18 +72,18 @@ float unordered(uint32_t bits) {
     return x;
 }
 
-// What every query has found: keys with a lower and an upper bound of their scores.
+// What every query has found.
 class Candidates {
    public:
-    Candidates(const Rows& keys, const float* queries, int64_t count, int64_t k)
+    Candidates(const Rows& keys, const float* queries, int64_t count, int64_t k, const Selection& select)
         : keys_(keys),
           queries_(queries),
+          select_(select),
           k_(k),
           room_(std::max<int64_t>(4 * k, 128)),
           best_((count + kTile - 1) / kTile * kTile, -kInfinity),
           counts_(count, 0),
-          lower_(count * room_),
-          upper_(count * room_),
+          bounds_(2 * count * room_),
           ids_(count * room_),
           exact_(room_) {
         std::fill(best_.begin() + count, best_.end(), kInfinity);
@@ -95,87 +93,82 @@ class Candidates {
     const float* best() const { return best_.data(); }
     int64_t ranked() const { return ranked_; }
 
-    void add(int64_t q, float score, float error, int32_t id) {
-        float lower = score - error, upper = score + error;
-        if (upper < best_[q]) return;
-        if (std::isnan(lower)) lower = -kInfinity;
-        if (std::isnan(upper)) upper = kInfinity;
-        const int64_t at = q * room_ + counts_[q];
-        lower_[at] = lower;
-        upper_[at] = upper;
-        ids_[at] = id;
-        if (++counts_[q] < room_) return;
-        tighten(q);
-        if (counts_[q] > room_ / 2) rank(q);
+    // Key first + i of scores[i] for every bit i of mask, each score known to `error`. Returns whether so many were as
+    // near the best that they had to be ranked.
+    bool add(int64_t q, const float* scores, float error, int32_t first, uint32_t mask) {
+        bool crowded = false;
+        if (counts_[q] > room_ - kTile) {
+            tighten(q);
+            crowded = counts_[q] > room_ - 2 * kTile;
+            if (crowded) rank(q);
+        }
+        counts_[q] = select_.append(scores, error, first, mask, of(q), counts_[q]);
+        return crowded;
     }
     void finish(int64_t q, int32_t* ids) {
         if (counts_[q] > k_) tighten(q);
         rank(q);
-        std::copy_n(&ids_[q * room_], counts_[q], ids);
+        std::copy_n(of(q).ids, counts_[q], ids);
         std::fill(ids + counts_[q], ids + k_, -1);
     }
 
    private:
+    Found of(int64_t q) {
+        float* lower = &bounds_[2 * q * room_];
+        return {lower, lower + room_, &ids_[q * room_]};
+    }
+
     // Raises what k keys are known to score, nearly as far as possible, and drops what cannot be among the k best.
     void tighten(int64_t q) {
-        float *lower = &lower_[q * room_], *upper = &upper_[q * room_];
-        int32_t* ids = &ids_[q * room_];
+        const Found found = of(q);
         const int64_t count = counts_[q];
-        float least = kInfinity, most = -kInfinity;
-        for (int64_t j = 0; j < count; ++j) {
-            if (lower[j] == -kInfinity) continue;
-            least = std::min(least, lower[j]);
-            most = std::max(most, lower[j]);
-        }
+        float least, most;
+        select_.range(found.lower, count, &least, &most);
         least = std::max(least, best_[q]);
-        if (!(least < most && most < kInfinity) || count_from(lower, count, least) < k_) return;
-        for (int step = 0; step < 24; ++step) {
+        if (!(least < most && most < kInfinity) || select_.count_from(found.lower, count, least) < k_) return;
+        for (int step = 0; step < kHalvings; ++step) {
             const float middle = least / 2 + most / 2;
             if (!(middle > least && middle < most)) break;
-            const int64_t above = count_from(lower, count, middle);
+            const int64_t above = select_.count_from(found.lower, count, middle);
             (above < k_ ? most : least) = middle;
             if (above >= k_ && above <= k_ + k_ / 8) break;
         }
         best_[q] = least;
-        int64_t kept = 0;
-        for (int64_t j = 0; j < count; ++j) {
-            const bool keep = upper[j] >= least;
-            lower[kept] = lower[j];
-            upper[kept] = upper[j];
-            ids[kept] = ids[j];
-            kept += keep;
-        }
-        counts_[q] = kept;
+        counts_[q] = select_.keep(found, count, least);
     }
 
     // Scores the candidates and keeps the k best of them, in order.
     void rank(int64_t q) {
+        const Found found = of(q);
         const int64_t count = counts_[q], kept = std::min(count, k_);
-        int32_t* ids = &ids_[q * room_];
-        float* scores = &lower_[q * room_];
-        keys_.score(queries_ + q * keys_.width(), ids, count, scores);
+        keys_.score(queries_ + q * keys_.width(), found.ids, count, found.lower);
         ranked_ += count;
         for (int64_t j = 0; j < count; ++j)
-            exact_[j] = static_cast<uint64_t>(~ordered(scores[j] + 0.f)) << 32 | static_cast<uint32_t>(ids[j]);
+            exact_[j] = static_cast<uint64_t>(~ordered(found.lower[j] + 0.f)) << 32 | static_cast<uint32_t>(found.ids[j]);
         if (kept < count) std::nth_element(exact_.begin(), exact_.begin() + kept - 1, exact_.begin() + count);
         std::sort(exact_.begin(), exact_.begin() + kept);
         for (int64_t j = 0; j < kept; ++j) {
-            scores[j] = upper_[q * room_ + j] = unordered(~static_cast<uint32_t>(exact_[j] >> 32));
-            ids[j] = static_cast<int32_t>(exact_[j]);
+            found.lower[j] = found.upper[j] = unordered(~static_cast<uint32_t>(exact_[j] >> 32));
+            found.ids[j] = static_cast<int32_t>(exact_[j]);
         }
         counts_[q] = kept;
-        if (kept == k_) best_[q] = std::max(best_[q], scores[k_ - 1]);
+        if (kept == k_) best_[q] = std::max(best_[q], found.lower[k_ - 1]);
     }
 
     const Rows& keys_;
     const float* queries_;
+    const Selection& select_;
     int64_t k_, room_, ranked_ = 0;
     std::vector<float> best_;
     std::vector<int64_t> counts_;
-    std::vector<float> lower_, upper_;
+    std::vector<float> bounds_;  // of every query room_ lower ones, then as many upper ones
     std::vector<int32_t> ids_;
     std::vector<uint64_t> exact_;
 };
+
+uint32_t first_bits(int64_t count) {
+    return count <= 0 ? 0u : count >= 32 ? ~0u : (1u << count) - 1;
+}
 
 void lengthen(Lengths& lengths) {
     lengths.all += kTiny;
@@ -196,6 +189,7 @@ int64_t nearest_keys(const Rows& keys, const float* queries, const int64_t* visi
     Blocks asked(kernel, groups, depth);
     std::vector<BlockLengths> asked_lengths(groups);
     std::vector<int64_t> first_end(groups), last_end(groups);
+    std::vector<uint8_t> fine(groups, 0);  // groups whose keys the high parts alone do not tell apart
     for (int64_t g = 0; g < groups; ++g) {
         const int64_t begin = g * kTile, some = std::min(kTile, count - begin);
         std::fill(std::copy_n(queries + begin * width, some * width, rows.begin()), rows.end(), 0.f);
@@ -211,7 +205,7 @@ int64_t nearest_keys(const Rows& keys, const float* queries, const int64_t* visi
         last_end[g] = *most;
     }
 
-    Candidates found(keys, queries, count, k);
+    Candidates found(keys, queries, count, k, *kernel.selection);
     Blocks panel(kernel, kPanel, depth);
     Lengths longest[kPanel];
     alignas(64) float scores[kTile * kTile];
@@ -235,21 +229,18 @@ int64_t nearest_keys(const Rows& keys, const float* queries, const int64_t* visi
             lengthen(longest[b]);
         }
         for (int64_t g = 0; g < groups; ++g) {
-            const Packed queries_here = asked[g];
             for (int64_t b = blocks - 1; b >= 0; --b) {
                 const int64_t begin = first + b * kTile;
                 if (begin >= last_end[g]) continue;
-                set_limits(asked_lengths[g], longest[b], rounding, found.best() + g * kTile, errors, limits);
-                kernel.multiply(panel[b], queries_here, depth, scores);
-                uint32_t some = kernel.compare(scores, limits, masks);
+                set_limits(asked_lengths[g], longest[b], fine[g], rounding, found.best() + g * kTile, errors, limits);
+                kernel.multiply(asked.packed(g, fine[g]), panel.packed(b, fine[g]), depth, scores);
+                uint32_t some = kernel.selection->compare(scores, limits, masks);
                 const bool all_see = begin + kTile <= first_end[g];
                 for (; some; some &= some - 1) {
-                    const int64_t i = __builtin_ctz(some);
-                    for (uint32_t mask = masks[i]; mask; mask &= mask - 1) {
-                        const int64_t q = __builtin_ctz(mask), at = g * kTile + q;
-                        if (!all_see && (at >= count || begin + i >= visible[at])) continue;
-                        found.add(at, scores[i * kTile + q], errors[q], static_cast<int32_t>(begin + i));
-                    }
+                    const int64_t q = __builtin_ctz(some), at = g * kTile + q;
+                    uint32_t mask = masks[q];
+                    if (!all_see) mask &= first_bits(at < count ? visible[at] - begin : 0);
+                    if (mask) fine[g] |= found.add(at, scores + q * kTile, errors[q], static_cast<int32_t>(begin), mask);
                 }
             }
         }

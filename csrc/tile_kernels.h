@@ -3,11 +3,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "row_kernels.h"
+#include "selection.h"
 
 namespace rag {
-
-constexpr int64_t kTile = 32;
 
 // Lengths of a vector x and of what a kernel leaves out of it: x = high + low + rest. A kernel multiplies high by high,
 // low by high and high by low.
@@ -28,15 +26,14 @@ struct TileKernel {
     int64_t step, item;
     bool halves;  // high and low, or all of it in high
     // Packs rows [kTile, dim] float32; lengths [kTile]. Returns whether a low part is not 0.
-    bool (*pack_keys)(const float* rows, int64_t dim, int64_t depth, char* high, char* low, Lengths* lengths);
     bool (*pack_queries)(const float* rows, int64_t dim, int64_t depth, char* high, char* low, Lengths* lengths);
-    // scores [kTile keys, kTile queries], at a multiple of 64 bytes.
-    void (*multiply)(const Packed& keys, const Packed& queries, int64_t depth, float* scores);
-    // Bit q of masks[i]: not scores[i, q] < limits[q]. Returns the bits of the masks that are not 0.
-    uint32_t (*compare)(const float* scores, const float* limits, uint32_t* masks);
+    bool (*pack_keys)(const float* rows, int64_t dim, int64_t depth, char* high, char* low, Lengths* lengths);
+    // scores [kTile queries, kTile keys], at a multiple of 64 bytes.
+    void (*multiply)(const Packed& queries, const Packed& keys, int64_t depth, float* scores);
     // Around the calls of multiply that a thread makes; null where nothing is to be done.
     void (*begin)(char saved[64]);
     void (*end)(const char saved[64]);
+    const Selection* selection;
 };
 
 // Those that this CPU runs, fastest first. The last one is plain C++.

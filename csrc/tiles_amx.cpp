@@ -60,7 +60,7 @@ RAG_INLINE bool pack(const float* rows, int64_t dim, int64_t depth, Lengths* len
 }
 
 // [depth / 32, kTile, 32]: rows of the left operand's registers.
-RAG_TARGET bool pack_keys(const float* rows, int64_t dim, int64_t depth, char* high, char* low, Lengths* lengths) {
+RAG_TARGET bool pack_queries(const float* rows, int64_t dim, int64_t depth, char* high, char* low, Lengths* lengths) {
     return pack(rows, dim, depth, lengths, [&](int64_t i, int64_t d, __m256i high_bits, __m256i low_bits) RAG_TARGET {
         const int64_t at = (d / kStep * kTile + i) * 64 + d % kStep * 2;
         _mm256_store_si256(reinterpret_cast<__m256i*>(high + at), high_bits);
@@ -68,8 +68,8 @@ RAG_TARGET bool pack_keys(const float* rows, int64_t dim, int64_t depth, char* h
     });
 }
 
-// [depth / 32, 2, 16, 16, 2]: in the right operand's registers a row has two elements of each of 16 queries.
-RAG_TARGET bool pack_queries(const float* rows, int64_t dim, int64_t depth, char* high, char* low, Lengths* lengths) {
+// [depth / 32, 2, 16, 16, 2]: in the right operand's registers a row has two elements of each of 16 keys.
+RAG_TARGET bool pack_keys(const float* rows, int64_t dim, int64_t depth, char* high, char* low, Lengths* lengths) {
     return pack(rows, dim, depth, lengths, [&](int64_t i, int64_t d, __m256i high_bits, __m256i low_bits) RAG_TARGET {
         const int64_t at = (d / kStep * 2 + i / 16) * kRegister + d % kStep * 32 + i % 16 * 4;
         const __m256i apart = _mm256_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112);
@@ -81,13 +81,13 @@ RAG_TARGET bool pack_queries(const float* rows, int64_t dim, int64_t depth, char
 // What is behind a pointer is in memory now, and is read from there again: the intrinsics do not say all they touch.
 RAG_INLINE void in_memory(const void* data) { __asm__ volatile("" : : "r"(data) : "memory"); }
 
-// Registers 0 to 3 are the sums, 4 and 5 keys, 6 and 7 queries.
-RAG_INLINE void add_products(const char* keys, const char* queries, int64_t depth) {
+// Registers 0 to 3 are the sums, 4 and 5 queries, 6 and 7 keys.
+RAG_INLINE void add_products(const char* queries, const char* keys, int64_t depth) {
     for (int64_t at = 0; at < depth * kTile * 2; at += 2 * kRegister) {
-        _tile_loadd(4, keys + at, 64);
-        _tile_loadd(6, queries + at, 64);
-        _tile_loadd(7, queries + at + kRegister, 64);
-        _tile_loadd(5, keys + at + kRegister, 64);
+        _tile_loadd(4, queries + at, 64);
+        _tile_loadd(6, keys + at, 64);
+        _tile_loadd(7, keys + at + kRegister, 64);
+        _tile_loadd(5, queries + at + kRegister, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
@@ -95,32 +95,20 @@ RAG_INLINE void add_products(const char* keys, const char* queries, int64_t dept
     }
 }
 
-RAG_TARGET void multiply(const Packed& keys, const Packed& queries, int64_t depth, float* scores) {
+RAG_TARGET void multiply(const Packed& queries, const Packed& keys, int64_t depth, float* scores) {
     in_memory(keys.high);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     // The small products first: what is rounded off them is nothing beside the large ones'.
-    if (keys.low) add_products(keys.low, queries.high, depth);
-    if (queries.low) add_products(keys.high, queries.low, depth);
-    add_products(keys.high, queries.high, depth);
+    if (keys.low) add_products(queries.high, keys.low, depth);
+    if (queries.low) add_products(queries.low, keys.high, depth);
+    add_products(queries.high, keys.high, depth);
     _tile_stored(0, scores, kTile * 4);
     _tile_stored(1, scores + 16, kTile * 4);
     _tile_stored(2, scores + 16 * kTile, kTile * 4);
     _tile_stored(3, scores + 16 * kTile + 16, kTile * 4);
-}
-
-RAG_TARGET uint32_t compare(const float* scores, const float* limits, uint32_t* masks) {
-    const __m512 left = _mm512_loadu_ps(limits), right = _mm512_loadu_ps(limits + 16);
-    uint32_t some = 0;
-    for (int64_t i = 0; i < kTile; ++i, scores += kTile) {
-        const __mmask16 low = _mm512_cmp_ps_mask(_mm512_load_ps(scores), left, _CMP_NLT_UQ);
-        const __mmask16 high = _mm512_cmp_ps_mask(_mm512_load_ps(scores + 16), right, _CMP_NLT_UQ);
-        masks[i] = _mm512_kunpackw(high, low);
-        some |= static_cast<uint32_t>(masks[i] != 0) << i;
-    }
-    return some;
 }
 
 // Eight registers of 16 rows of 64 bytes. Other code of the thread may believe that its own settings are still there.
@@ -154,7 +142,7 @@ bool allowed() {
 #endif
 }
 
-const TileKernel kAmx{"amx", kStep, 2, true, pack_keys, pack_queries, multiply, compare, begin, end};
+const TileKernel kAmx{"amx", kStep, 2, true, pack_queries, pack_keys, multiply, begin, end, &kSelectAvx512};
 
 }  // namespace
 
