@@ -85,9 +85,7 @@ def key_knn(
         return lists
     backend = choose_backend(backend, keys.device)
     lists_of, block = BACKENDS[backend], _block(backend, min(block, _KEY_BLOCK) if backend == "faiss" else block)
-    states = keys.float() if extra is None else lift(keys, extra)
-    centred = states - states.mean(1, keepdim=True)
-    centred = normalize(centred if root is None else centred @ root.to(centred), dim=2).contiguous()
+    centred = directions(keys, extra, root)
     held = None
     if extra is not None and backend == "triton":  # whose tiles would be twice as wide
         centred, held = centred[..., :-1].contiguous(), centred[..., -1].contiguous()
@@ -103,6 +101,13 @@ def key_knn(
 
     in_parallel(work, [(r, begin) for r in range(rows) for begin in range(0, n, block)], keys.device, num_threads)
     return lists
+
+
+def directions(keys: Tensor, extra: Tensor | None = None, root: Tensor | None = None) -> Tensor:
+    """[R, N, D or D + 1] float32 of length 1, whose inner products are the cosines of key_knn."""
+    states = keys.float() if extra is None else lift(keys, extra)
+    centred = states - states.mean(1, keepdim=True)
+    return normalize(centred if root is None else centred @ root.to(centred), dim=2).contiguous()
 
 
 def _block(backend: str, block: int) -> int:
