@@ -23,26 +23,114 @@ struct alignas(64) Line {
     char bytes[64];
 };
 
+void lengthen(Lengths& lengths) {
+    lengths.all += kTiny;
+    lengths.low += kTiny;
+    lengths.rest += kTiny;
+}
+
 // Blocks of kTile packed vectors.
 class Blocks {
    public:
     Blocks(const TileKernel& kernel, int64_t count, int64_t depth)
-        : bytes_(kTile * depth * kernel.item), high_(count * bytes_ / 64), low_(kernel.halves ? high_.size() : 0), filled_(count) {}
+        : bytes_(kTile * depth * kernel.item),
+          high_(count * bytes_ / 64),
+          low_(kernel.halves ? high_.size() : 0),
+          has_low_(count) {}
 
     char* high(int64_t i) { return high_.data()->bytes + i * bytes_; }
     char* low(int64_t i) { return low_.empty() ? nullptr : low_.data()->bytes + i * bytes_; }
-    void fill(int64_t i, bool has_low) { filled_[i] = has_low; }
-    Packed packed(int64_t i, bool fine) { return {high(i), fine && filled_[i] ? low(i) : nullptr}; }
+    void set_low(int64_t i, bool has_low) { has_low_[i] = has_low; }
+    Packed packed(int64_t i, bool fine) { return {high(i), fine && has_low_[i] ? low(i) : nullptr}; }
 
    private:
     int64_t bytes_;
     std::vector<Line> high_, low_;
-    std::vector<uint8_t> filled_;
+    std::vector<uint8_t> has_low_;
 };
 
 // Lengths of a block's vectors, apart, so that loops over them are vectors' work.
 struct BlockLengths {
     float all[kTile], low[kTile], rest[kTile];
+};
+
+// All queries of a call, in groups of kTile.
+class Queries {
+   public:
+    struct Group {
+        int64_t begin;
+        int64_t all_see, some_see;  // kTile queries see the keys before all_see, none those from some_see on
+        bool fine = false;          // are the high parts alone too coarse?
+        BlockLengths lengths;
+    };
+
+    Queries(const TileKernel& kernel, const float* rows, const int64_t* visible, int64_t count, int64_t width,
+            int64_t depth)
+        : groups((count + kTile - 1) / kTile), blocks_(kernel, groups.size(), depth) {
+        std::vector<float> some_rows(kTile * width);
+        Lengths lengths[kTile];
+        for (size_t g = 0; g < groups.size(); ++g) {
+            Group& group = groups[g];
+            group.begin = g * kTile;
+            const int64_t some = std::min(kTile, count - group.begin);
+            const auto [least, most] = std::minmax_element(visible + group.begin, visible + group.begin + some);
+            group.all_see = some < kTile ? 0 : *least;
+            group.some_see = *most;
+            end = std::max(end, *most);
+            std::fill(std::copy_n(rows + group.begin * width, some * width, some_rows.begin()), some_rows.end(), 0.f);
+            char *high = blocks_.high(g), *low = blocks_.low(g);
+            blocks_.set_low(g, kernel.pack_queries(some_rows.data(), width, depth, high, low, lengths));
+            for (int64_t q = 0; q < kTile; ++q) {
+                lengthen(lengths[q]);
+                group.lengths.all[q] = lengths[q].all;
+                group.lengths.low[q] = lengths[q].low;
+                group.lengths.rest[q] = lengths[q].rest;
+            }
+        }
+    }
+    Packed packed(const Group& group) { return blocks_.packed(group.begin / kTile, group.fine); }
+
+    std::vector<Group> groups;
+    int64_t end = 0;  // keys from here on are seen by none
+
+   private:
+    Blocks blocks_;
+};
+
+// Some blocks of keys, packed.
+class Panel {
+   public:
+    Panel(const TileKernel& kernel, int64_t width, int64_t depth)
+        : kernel_(kernel), width_(width), depth_(depth), blocks_(kernel, kPanel, depth), rows_(kTile * width) {}
+
+    void fill(const Rows& keys, int64_t first, int64_t end) {
+        Lengths lengths[kTile];
+        count = std::min(kPanel, (end - first + kTile - 1) / kTile);
+        for (int64_t b = 0; b < count; ++b) {
+            const int64_t begin = first + b * kTile, some = std::min(kTile, keys.n - begin);
+            for (int64_t i = 0; i < some; ++i) keys.load(static_cast<int32_t>(begin + i), &rows_[i * width_]);
+            std::fill(rows_.begin() + some * width_, rows_.end(), 0.f);
+            char *high = blocks_.high(b), *low = blocks_.low(b);
+            blocks_.set_low(b, kernel_.pack_keys(rows_.data(), width_, depth_, high, low, lengths));
+            longest[b] = {0.f, 0.f, 0.f};
+            for (const Lengths& one : lengths) {
+                longest[b].all = std::max(longest[b].all, one.all);
+                longest[b].low = std::max(longest[b].low, one.low);
+                longest[b].rest = std::max(longest[b].rest, one.rest);
+            }
+            lengthen(longest[b]);
+        }
+    }
+    Packed packed(int64_t b, bool fine) { return blocks_.packed(b, fine); }
+
+    int64_t count = 0;
+    Lengths longest[kPanel];  // of each block's keys
+
+   private:
+    const TileKernel& kernel_;
+    int64_t width_, depth_;
+    Blocks blocks_;
+    std::vector<float> rows_;
 };
 
 // How far a key's product may be from its score, at most: by what is left out of both (Cauchy and Schwarz), by rounding
@@ -170,80 +258,40 @@ uint32_t first_bits(int64_t count) {
     return count <= 0 ? 0u : count >= 32 ? ~0u : (1u << count) - 1;
 }
 
-void lengthen(Lengths& lengths) {
-    lengths.all += kTiny;
-    lengths.low += kTiny;
-    lengths.rest += kTiny;
-}
-
 }  // namespace
 
 int64_t nearest_keys(const Rows& keys, const float* queries, const int64_t* visible, int64_t count, int64_t k,
                      const TileKernel& kernel, int32_t* ids) {
     const int64_t width = keys.width(), depth = (width + kernel.step - 1) / kernel.step * kernel.step;
-    const int64_t groups = (count + kTile - 1) / kTile;
+    // Of the tile's sum and of the score's, as many additions each as there are products, in any order.
     const float rounding = kRounding * (1.1f * depth + width + 16);
-    std::vector<float> rows(kTile * width);
-    Lengths lengths[kTile];
-
-    Blocks asked(kernel, groups, depth);
-    std::vector<BlockLengths> asked_lengths(groups);
-    std::vector<int64_t> first_end(groups), last_end(groups);
-    std::vector<uint8_t> fine(groups, 0);  // groups whose keys the high parts alone do not tell apart
-    for (int64_t g = 0; g < groups; ++g) {
-        const int64_t begin = g * kTile, some = std::min(kTile, count - begin);
-        std::fill(std::copy_n(queries + begin * width, some * width, rows.begin()), rows.end(), 0.f);
-        asked.fill(g, kernel.pack_queries(rows.data(), width, depth, asked.high(g), asked.low(g), lengths));
-        for (int64_t q = 0; q < kTile; ++q) {
-            lengthen(lengths[q]);
-            asked_lengths[g].all[q] = lengths[q].all;
-            asked_lengths[g].low[q] = lengths[q].low;
-            asked_lengths[g].rest[q] = lengths[q].rest;
-        }
-        const auto [least, most] = std::minmax_element(visible + begin, visible + begin + some);
-        first_end[g] = some < kTile ? 0 : *least;
-        last_end[g] = *most;
-    }
-
+    Queries asked(kernel, queries, visible, count, width, depth);
+    Panel panel(kernel, width, depth);
     Candidates found(keys, queries, count, k, *kernel.selection);
-    Blocks panel(kernel, kPanel, depth);
-    Lengths longest[kPanel];
     alignas(64) float scores[kTile * kTile];
     alignas(64) char saved[64];
     uint32_t masks[kTile];
     float errors[kTile], limits[kTile];
-    const int64_t end = groups ? *std::max_element(last_end.begin(), last_end.end()) : 0;
+
+    const auto scan = [&](Queries::Group& group, int64_t b, int64_t begin) {
+        set_limits(group.lengths, panel.longest[b], group.fine, rounding, found.best() + group.begin, errors, limits);
+        kernel.multiply(asked.packed(group), panel.packed(b, group.fine), depth, scores);
+        for (uint32_t some = kernel.selection->compare(scores, limits, masks); some; some &= some - 1) {
+            const int64_t q = __builtin_ctz(some), at = group.begin + q;
+            uint32_t mask = masks[q];
+            if (begin + kTile > group.all_see) mask &= first_bits(at < count ? visible[at] - begin : 0);
+            if (mask) group.fine |= found.add(at, scores + q * kTile, errors[q], static_cast<int32_t>(begin), mask);
+        }
+    };
+
     if (kernel.begin) kernel.begin(saved);
     // From the last key on: the nearest of a text's keys are late ones more often than not.
-    for (int64_t first = (end - 1) / (kPanel * kTile) * (kPanel * kTile); end && first >= 0; first -= kPanel * kTile) {
-        const int64_t blocks = std::min(kPanel, (end - first + kTile - 1) / kTile);
-        for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t begin = first + b * kTile, some = std::min(kTile, keys.n - begin);
-            for (int64_t i = 0; i < some; ++i) keys.load(static_cast<int32_t>(begin + i), &rows[i * width]);
-            std::fill(rows.begin() + some * width, rows.end(), 0.f);
-            panel.fill(b, kernel.pack_keys(rows.data(), width, depth, panel.high(b), panel.low(b), lengths));
-            longest[b] = {0.f, 0.f, 0.f};
-            for (const Lengths& one : lengths)
-                longest[b] = {std::max(longest[b].all, one.all), std::max(longest[b].low, one.low),
-                              std::max(longest[b].rest, one.rest)};
-            lengthen(longest[b]);
-        }
-        for (int64_t g = 0; g < groups; ++g) {
-            for (int64_t b = blocks - 1; b >= 0; --b) {
-                const int64_t begin = first + b * kTile;
-                if (begin >= last_end[g]) continue;
-                set_limits(asked_lengths[g], longest[b], fine[g], rounding, found.best() + g * kTile, errors, limits);
-                kernel.multiply(asked.packed(g, fine[g]), panel.packed(b, fine[g]), depth, scores);
-                uint32_t some = kernel.selection->compare(scores, limits, masks);
-                const bool all_see = begin + kTile <= first_end[g];
-                for (; some; some &= some - 1) {
-                    const int64_t q = __builtin_ctz(some), at = g * kTile + q;
-                    uint32_t mask = masks[q];
-                    if (!all_see) mask &= first_bits(at < count ? visible[at] - begin : 0);
-                    if (mask) fine[g] |= found.add(at, scores + q * kTile, errors[q], static_cast<int32_t>(begin), mask);
-                }
-            }
-        }
+    constexpr int64_t kKeys = kPanel * kTile;
+    for (int64_t first = (asked.end + kKeys - 1) / kKeys * kKeys - kKeys; first >= 0; first -= kKeys) {
+        panel.fill(keys, first, asked.end);
+        for (Queries::Group& group : asked.groups)
+            for (int64_t b = panel.count - 1; b >= 0; --b)
+                if (first + b * kTile < group.some_see) scan(group, b, first + b * kTile);
     }
     if (kernel.end) kernel.end(saved);
     for (int64_t i = 0; i < count; ++i) found.finish(i, ids + i * k);

@@ -74,8 +74,10 @@ __attribute__((target("avx2"))) uint32_t compare_avx2(const float* scores, const
     for (int64_t q = 0; q < kTile; ++q, scores += kTile) {
         const __m256 limit = _mm256_set1_ps(limits[q]);
         uint32_t mask = 0;
-        for (int i = 0; i < kTile; i += 8)
-            mask |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_load_ps(scores + i), limit, _CMP_NLT_UQ))) << i;
+        for (int i = 0; i < kTile; i += 8) {
+            const __m256 reached = _mm256_cmp_ps(_mm256_load_ps(scores + i), limit, _CMP_NLT_UQ);
+            mask |= static_cast<uint32_t>(_mm256_movemask_ps(reached)) << i;
+        }
         masks[q] = mask;
         some |= static_cast<uint32_t>(mask != 0) << q;
     }

@@ -5,6 +5,10 @@
 
 #include "selection.h"
 
+#if defined(RAG_X86) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define RAG_AMX 1
+#endif
+
 namespace rag {
 
 // Lengths of a vector x and of what a kernel leaves out of it: x = high + low + rest. A kernel multiplies high by high,
@@ -19,8 +23,8 @@ struct Packed {
     const char* low;
 };
 
-// A vector's packed form has `depth` elements, a multiple of `step` and no fewer than it has. Packed blocks are at multiples
-// of 64 bytes, kTile * depth * item bytes each.
+// A vector's packed form has `depth` elements, a multiple of `step` and no fewer than it has. Packed blocks are at
+// multiples of 64 bytes, kTile * depth * item bytes each.
 struct TileKernel {
     const char* name;
     int64_t step, item;
@@ -39,8 +43,8 @@ struct TileKernel {
 // Those that this CPU runs, fastest first. The last one is plain C++.
 const std::vector<TileKernel>& tile_kernels();
 
-#ifdef RAG_X86
-// The one of AMX in bfloat16, or null: an operating system has to allow it.
+#ifdef RAG_AMX
+// The one of AMX in bfloat16, or null: the operating system has to allow it.
 const TileKernel* amx_kernel();
 #endif
 

@@ -1,15 +1,14 @@
 #include "tile_kernels.h"
 
-#ifdef RAG_X86
-#include <immintrin.h>
-#if defined(__linux__)
+#ifdef RAG_AMX
 #include <cpuid.h>
+#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 
 #include <cmath>
 
+// In GCC 12's own header every call of an unmasked conversion warns.
 #ifndef __clang__
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -33,7 +32,7 @@ RAG_INLINE __m256i round_off(__m512 x, __m512& rounded) {
     return bits;
 }
 
-// Elements d .. d + 15 of vector i go to place(i, d), as pairs of words `apart` bytes apart.
+// Calls put(i, d, high, low) with elements d .. d + 15 of every vector i.
 template <class Put>
 RAG_INLINE bool pack(const float* rows, int64_t dim, int64_t depth, Lengths* lengths, Put&& put) {
     __mmask16 any = 0;
@@ -127,7 +126,6 @@ RAG_TARGET void end(const char saved[64]) {
 }
 
 bool allowed() {
-#if defined(__linux__)
     constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
     constexpr long kAskFor = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
     unsigned a, b, c, d;
@@ -137,9 +135,6 @@ bool allowed() {
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
         return false;
     return syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
-#else
-    return false;
-#endif
 }
 
 const TileKernel kAmx{"amx", kStep, 2, true, pack_queries, pack_keys, multiply, begin, end, &kSelectAvx512};

@@ -72,8 +72,9 @@ RAG_AVX2 void multiply_avx2(const Packed& queries, const Packed& keys, int64_t d
     multiply<32, 2>(queries, keys, depth, scores);
 }
 
-const TileKernel kFloat512{"avx512", 1, 4, false, pack_queries, pack_keys, multiply_avx512, nullptr, nullptr, &kSelectAvx512};
-const TileKernel kFloat2{"avx2", 1, 4, false, pack_queries, pack_keys, multiply_avx2, nullptr, nullptr, &kSelectAvx2};
+const TileKernel kFloat512{"avx512", 1,       4,       false,         pack_queries, pack_keys, multiply_avx512,
+                           nullptr,  nullptr, &kSelectAvx512};
+const TileKernel kFloat256{"avx2", 1, 4, false, pack_queries, pack_keys, multiply_avx2, nullptr, nullptr, &kSelectAvx2};
 #endif
 
 }  // namespace
@@ -81,11 +82,13 @@ const TileKernel kFloat2{"avx2", 1, 4, false, pack_queries, pack_keys, multiply_
 const std::vector<TileKernel>& tile_kernels() {
     static const std::vector<TileKernel> kernels = [] {
         std::vector<TileKernel> found;
-#ifdef RAG_X86
+#ifdef RAG_AMX
         if (const TileKernel* amx = amx_kernel()) found.push_back(*amx);
+#endif
+#ifdef RAG_X86
         for (const RowKernel& rows : row_kernels()) {  // the same instructions
             if (rows.name == kAvx512.name) found.push_back(kFloat512);
-            if (rows.name == kAvx2.name) found.push_back(kFloat2);
+            if (rows.name == kAvx2.name) found.push_back(kFloat256);
         }
 #endif
         found.push_back(kPlain);
