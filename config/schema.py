@@ -87,10 +87,11 @@ class GraphConfig(Section):
         description="prompt queries per block of the exact neighbour search. 4096 float32 score rows over 131,072 keys "
         "are 2 GiB, the bound on what a block needs",
     )
-    knn_backend: Literal["auto", "faiss", "triton", "torch"] = Field(
+    knn_backend: Literal["auto", "native", "faiss", "triton", "torch"] = Field(
         default="auto",
         description="what runs the exact neighbour search. auto takes triton where the states are on a GPU, which "
-        "faiss-cpu cannot read, and faiss elsewhere; torch, a plain product and top-k, runs on both",
+        "the others but torch cannot read; on a CPU native, by tiles of products in AMX, AVX-512 or AVX2, and faiss "
+        "where it has none of these; torch, a plain product and top-k, runs on both",
     )
     estimation: Estimation = Field(
         default="centroid",

@@ -15,8 +15,10 @@
 #include "graph.h"
 #include "graph_insert.h"
 #include "graph_search.h"
+#include "nearest.h"
 #include "row_kernels.h"
 #include "tail.h"
+#include "tile_kernels.h"
 
 namespace py = pybind11;
 using namespace rag;
@@ -144,6 +146,25 @@ PYBIND11_MODULE(_native, m) {
                          at<int32_t>(ids), at<float>(scores));
         },
         "Adds the keys begin..visible[i] - 1 to the best-first list of every query i.");
+
+    m.def(
+        "nearest",
+        [](const KeyStore& keys, uintptr_t queries, uintptr_t visible, int64_t count, int64_t k, size_t kernel,
+           uintptr_t ids) {
+            py::gil_scoped_release release;
+            return nearest_keys(keys.head(0), at<const float>(queries), at<const int64_t>(visible), count, k,
+                                tile_kernels().at(kernel), at<int32_t>(ids));
+        },
+        "Exact lists of the keys nearest to every query, by one of tile_kernels; returns how many candidates it scored.");
+
+    m.def(
+        "tile_kernels",
+        [] {
+            std::vector<std::string> names;
+            for (const TileKernel& kernel : tile_kernels()) names.push_back(kernel.name);
+            return names;
+        },
+        "Names of the products that `nearest` can find candidates by on this CPU, the fastest first, the plain one last.");
 
     m.def(
         "scan",

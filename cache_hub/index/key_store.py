@@ -9,19 +9,19 @@ from torch import Tensor
 
 from . import _native
 
-_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _INT8 = 3
 
 
 def as_key_store(keys: Tensor, extra: Tensor | None = None) -> _native.KeyStore:
     """A native view of keys, or values, [R, N, D] on the CPU, whose last dimension must be contiguous, and of extra
     [R, N] float32, contiguous; see TokenIndex.build. Copies nothing."""
-    if keys.device.type != "cpu" or keys.dtype not in _DTYPE_CODES or keys.stride(2) != 1:
+    if keys.device.type != "cpu" or keys.dtype not in DTYPES or keys.stride(2) != 1:
         raise ValueError(
             f"rows: got {keys.dtype} on {keys.device} with strides {keys.stride()}, allowed: float32, float16 or "
             "bfloat16 in CPU memory with contiguous rows"
         )
-    return _view(keys, _DTYPE_CODES[keys.dtype], extra, None)
+    return _view(keys, DTYPES[keys.dtype], extra, None)
 
 
 @dataclass(frozen=True)

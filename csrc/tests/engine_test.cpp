@@ -9,6 +9,7 @@
 #include "graph.h"
 #include "graph_insert.h"
 #include "graph_search.h"
+#include "nearest_checks.h"
 #include "row_kernels.h"
 #include "tail.h"
 
@@ -304,6 +305,7 @@ int main() {
     unions();
     clusters_lose_tokens();
     errors_of_threads_reach_the_caller(many);
+    check_nearest(many);
     for (Kind kind : kKinds)
         for (int64_t n : {1, 2, 63, 200})
             for (int64_t dim : {1, 17, 64})  // degrees grow: searches of one thread keep their buffers
@@ -320,5 +322,7 @@ int main() {
     graph_of(Kind::random, 300, 64, 80, Dtype::float32, true, one, many);
     std::printf("native code: all checks held, inner loops");
     for (const RowKernel& kernel : row_kernels()) std::printf(" %s", kernel.name);
+    std::printf(", products of tiles");
+    for (const TileKernel& kernel : tile_kernels()) std::printf(" %s", kernel.name);
     std::printf("\n");
 }

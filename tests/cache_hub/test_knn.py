@@ -16,7 +16,7 @@ def brute_force(keys: torch.Tensor, queries: torch.Tensor, positions: torch.Tens
     return torch.nn.functional.pad(best, (0, k - k_here), value=float("-inf"))
 
 
-@pytest.mark.parametrize("backend", ["faiss", "torch"])
+@pytest.mark.parametrize("backend", ["native", "faiss", "torch"])
 @pytest.mark.parametrize(
     ("n", "m", "first", "group", "dim", "k", "block"),
     [
@@ -50,7 +50,7 @@ def test_queries_without_positions_see_every_key() -> None:
     assert torch.equal(lists.long(), (queries @ keys[:, None].transpose(2, 3)).topk(7).indices)
 
 
-@pytest.mark.parametrize("backend", ["faiss", "torch"])
+@pytest.mark.parametrize("backend", ["native", "faiss", "torch"])
 @pytest.mark.parametrize("n", [1, 2, 63, 257])
 def test_key_lists_are_the_nearest_by_centred_cosine_without_the_key_itself(backend: str, n: int) -> None:
     torch.manual_seed(n)
@@ -73,7 +73,7 @@ def test_key_lists_of_equal_keys_never_name_the_key_itself() -> None:
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.mark.parametrize("backend", ["faiss", "torch", pytest.param("triton", marks=[pytest.mark.gpu, GPU])])
+@pytest.mark.parametrize("backend", ["native", "faiss", "torch", pytest.param("triton", marks=[pytest.mark.gpu, GPU])])
 def test_one_more_dimension_equals_wider_vectors(backend: str) -> None:
     """Whole numbers: sums are exact in any order."""
     torch.manual_seed(0)
@@ -100,5 +100,7 @@ def test_exact_topk_pads_when_k_exceeds_the_keys() -> None:
 
 
 def test_unknown_backend_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"knn_backend: got 'annoy', allowed: 'auto', 'faiss', 'triton', 'torch'"):
+    with pytest.raises(
+        ValueError, match=r"knn_backend: got 'annoy', allowed: 'auto', 'native', 'faiss', 'triton', 'torch'"
+    ):
         causal_knn(torch.randn(1, 4, 64), torch.randn(1, 1, 4, 64), None, 2, backend="annoy")

@@ -72,7 +72,7 @@ def test_every_key_is_described() -> None:
         ("num_entries", 0, ">= 1"),
         ("insert_batch", -1, ">= 0"),
         ("index_dtype", "int4", "'auto', 'float32', 'float16', 'bfloat16', 'int8'"),
-        ("knn_backend", "cuvs", "'auto', 'faiss', 'triton', 'torch'"),
+        ("knn_backend", "cuvs", "'auto', 'native', 'faiss', 'triton', 'torch'"),
         ("estimation", "clusters", "'none', 'centroid', 'softmax_lift'"),
         ("estimation", None, "'none', 'centroid', 'softmax_lift'"),
         ("estimation_budget", 1.01, "0 to 1"),
