@@ -116,7 +116,7 @@ def read_choices(results: Sequence[dict[str, Any]], knobs: Sequence[str], sectio
         settings[section] = {key: value for key, value in graph.items() if key not in knobs}
         heads = [row["trace"].get("model"), row["layers"], row["kv_heads"], row["group"]]
         fixed = json.dumps([row["strategy"], settings, heads], sort_keys=True)
-        value = ", ".join(f"{graph[knob]}" for knob in knobs)
+        value = "/".join(f"{graph[knob]}" for knob in knobs)
         tables = np.array(row["recall"]["by_head"], float).ravel(), np.array(row["keys_scored_by_head"], float).ravel()
         groups[fixed][row["trace"]["folder"]][value] = tables
     found = []
@@ -153,7 +153,8 @@ def run(args: argparse.Namespace) -> str:
         for mine in group:
             others = [other for other in group if other is not mine]
             records.append({"trace": mine.trace, "with": own, "rows": compare(mine, others)})
-    write_json(args.output, {"knobs": [f"{args.section}.{knob}" for knob in args.knob], "groups": records})
+    of = {"results": [path.name for path in args.results], "knobs": [f"{args.section}.{knob}" for knob in args.knob]}
+    write_json(args.output, {**of, "groups": records})
     return table(records, ", ".join(args.knob))
 
 

@@ -77,6 +77,7 @@ def test_from_a_sweep_to_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
     results, output = str(tmp_path / "results.json"), tmp_path / "o.json"
     assert main([results, "--knob", "ef_search", "--output", str(output)]) == 0
     written = json.loads(output.read_text())
+    assert (written["results"], written["knobs"]) == (["results.json"], [f"{GRAPH}.ef_search"])
     assert [(group["trace"], group["with"]) for group in written["groups"]] == [
         (trace, {"key_links": links}) for links in (8, 24) for trace in ("a", "b")
     ]
@@ -87,7 +88,7 @@ def test_from_a_sweep_to_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
             assert sum(row["chosen"].values()) == 2 * 2 * 3
     assert main([results, "--knob", "ef_search", "--knob", "key_links", "--output", str(output)]) == 0
     assert len(json.loads(output.read_text())["groups"][0]["rows"]) == 6
-    assert "| a |  | 10, 8 |" in capsys.readouterr().out
+    assert "| a |  | 10/8 |" in capsys.readouterr().out
 
     assert main([results, "--knob", "num_entries", "--output", str(output)]) == 2
     assert f"no two rows that differ in {GRAPH}.num_entries alone" in capsys.readouterr().err
