@@ -15,7 +15,7 @@ from attn_hub import WeightedPart, weighted_decode_attention
 from config import ESTIMATIONS
 
 from .diagnosis import agreement_with_exact
-from .index import TokenIndex
+from .index import SearchResult, TokenIndex
 from .index.metric import LATE_QUERIES, query_moment
 from .indexed_sequences import IndexedSequences, LatestQueries
 from .lift import SoftmaxLift
@@ -279,8 +279,8 @@ class TokenIndexCache(SavedLayers):
                 moment = query_moment(group.by_row(queries, self.kv_head))
                 self._tails[layer_idx].add(group.sequences, keys, values, moment)
 
-    def _retrieve(self, query_states: Tensor, layer_idx: int) -> tuple[list[Tensor], Tensor, Tensor | None]:
-        """What every group's search found, index ids [R, g, top_k], and the positions to attend to: the union over
+    def _retrieve(self, query_states: Tensor, layer_idx: int) -> tuple[list[SearchResult], Tensor, Tensor | None]:
+        """What every group's search found, and the positions to attend to: the union over
         each kv head's group, [B, Hkv, T <= g * top_k] int32 on the CPU, -1 pads; their log weights on the query's
         device."""
         # [B, 1, Hkv * g, D] -> [B * Hkv, g, D]
@@ -296,7 +296,7 @@ class TokenIndexCache(SavedLayers):
             own = weights[sequences] if weights is not None else None
             result, attended, width = group.retrieve(queries[rows], self.top_k, self.warm_start, ids[sequences], own)
             most = max(most, width)
-            found.append(result.ids)
+            found.append(result)
             self.stats.scored += int(result.keys_scored.sum())
             self.stats.attended += attended
             self.stats.bytes_moved += 2 * attended * self.head_dim * self.dtype.itemsize
@@ -310,16 +310,17 @@ class TokenIndexCache(SavedLayers):
         self.stats.attended_of += context * self.kv_head
         self.stats.scored_of += context * self.num_heads
 
-    def _compare(self, query_states: Tensor, found: list[Tensor], layer_idx: int, agreement: Agreement) -> None:
+    def _compare(self, query_states: Tensor, found: list[SearchResult], layer_idx: int, agreement: Agreement) -> None:
         """Adds recall and attention mass of one step, by an exact scan of every group's keys."""
-        for group, found_ids in zip(self._groups[layer_idx], found, strict=True):
+        for group, result in zip(self._groups[layer_idx], found, strict=True):
             sequences = group.sequences
             queries = query_states[sequences].reshape(-1, self.group_size, self.head_dim).cpu()
             keys = group.tokens(self._keys[layer_idx]).flatten(0, 1)
             zone = self._zones[layer_idx]
             static_keys = zone.keys[sequences, :, : zone.counts[group.start]].flatten(0, 1).cpu()
-            tables = agreement_with_exact(queries, keys, static_keys, found_ids.cpu(), self.top_k)
-            agreement.add(layer_idx, *(table.view(group.count, self.num_heads) for table in tables))
+            tables = agreement_with_exact(queries, keys, static_keys, result.ids.cpu(), self.top_k)
+            each = (table.view(group.count, self.num_heads) for table in (*tables, result.keys_scored))
+            agreement.add(layer_idx, *each)
 
     @property
     def index_bytes(self) -> int:

@@ -222,7 +222,8 @@ class WaveIndexCache(KV_Cache):
                 static_keys = zone.keys[b, :, : zone.counts[b]].cpu()
                 keys, found = index.keys[b, :, :stored].cpu(), rows[b, :, None].cpu()
                 tables = agreement_with_exact(queries, keys, static_keys, found, self.top_k)
-                agreement.add(layer_idx, *(table.view(1, self.num_heads) for table in tables))
+                scored = tables[0].new_full(tables[0].shape, index.counts[b].centroids)
+                agreement.add(layer_idx, *(table.view(1, self.num_heads) for table in (*tables, scored)))
 
     @property
     def index_bytes(self) -> int:

@@ -17,25 +17,27 @@ class Agreement:
     """Sums over decode steps of how well retrieval agreed with an exact scan, for each layer and query head.
 
     recall: |found and exact top-k| / k, over the indexed keys. mass: softmax mass of the tokens attended to, the static
-    ones included. exact_mass: the same, had the exact top-k been retrieved. All [layers, heads] float64 sums; steps
-    [layers] int64 counts sequences x steps.
+    ones included. exact_mass: the same, had the exact top-k been retrieved. scored: keys and centroids that the search
+    scored. All [layers, heads] float64 sums; steps [layers] int64 counts sequences x steps.
     """
 
     recall: Tensor
     mass: Tensor
     exact_mass: Tensor
+    scored: Tensor
     steps: Tensor
 
     @classmethod
     def zeros(cls, layers: int, heads: int) -> Agreement:
         table = lambda: torch.zeros(layers, heads, dtype=torch.float64)  # noqa: E731
-        return cls(table(), table(), table(), torch.zeros(layers, dtype=torch.int64))
+        return cls(table(), table(), table(), table(), torch.zeros(layers, dtype=torch.int64))
 
-    def add(self, layer: int, recall: Tensor, mass: Tensor, exact_mass: Tensor) -> None:
+    def add(self, layer: int, recall: Tensor, mass: Tensor, exact_mass: Tensor, scored: Tensor) -> None:
         """Adds one step of one layer; every tensor [sequences, heads]."""
         self.recall[layer] += recall.double().sum(0).cpu()
         self.mass[layer] += mass.double().sum(0).cpu()
         self.exact_mass[layer] += exact_mass.double().sum(0).cpu()
+        self.scored[layer] += scored.double().sum(0).cpu()
         self.steps[layer] += len(recall)
 
     def mean(self, table: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ _AGREEMENTS = ("recall", "mass", "mass_of_exact")
 @dataclass(frozen=True)
 class Average:
     """A configuration on all its traces of a group. values: means over the traces of what each trace's row states, as
-    error_median, recall, keys_scored ..; of worst heads (error_worst, recall_worst ..) the worst trace's. What a row
-    does not state is not in it. top_k: tokens retrieved per query head, where the strategy has such a number."""
+    error_median, recall, keys_scored .., and scored_share, of the context's tokens; of worst heads (error_worst,
+    recall_worst ..) the worst trace's. What a row does not state is not in it. top_k: tokens retrieved per query head,
+    where the strategy has such a number."""
 
     name: str
     series: str
@@ -100,6 +101,8 @@ def _top_k(row: dict[str, Any]) -> int:
 
 def _values(row: dict[str, Any]) -> dict[str, float]:
     values = {key: float(row[key]) for key in _COSTS if key in row}
+    if "keys_scored" in row:
+        values["scored_share"] = row["keys_scored"] / row["tokens"]
     if error := row.get("output_error"):
         values |= {f"error_{key}": error[key] for key in ("median", "mean", "p90")}
         values["error_worst"] = error["worst_head"]

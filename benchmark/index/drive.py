@@ -19,8 +19,8 @@ class Answers:
     """What a cache gave for all test queries of a layer.
 
     outputs [Hkv, g, t, d] float32 on the CPU. counts: every integer counter of CacheStats, seconds: its stages, both of
-    these queries alone. recall, mass, exact_mass [Hkv * g] float64, means over the queries; None where the cache keeps
-    no agreement with an exact scan.
+    these queries alone. recall, mass, exact_mass and keys scored by the search [Hkv * g] float64, means over the
+    queries; None where the cache keeps no agreement with an exact scan.
     """
 
     outputs: Tensor
@@ -29,6 +29,7 @@ class Answers:
     recall: Tensor | None
     mass: Tensor | None
     exact_mass: Tensor | None
+    scored: Tensor | None
 
 
 @torch.inference_mode()
@@ -80,9 +81,9 @@ def ask(cache: KV_Cache, trace: LayerTrace) -> Answers:
     outputs = torch.stack([cache.compute(query, 0)[0, 0].float().cpu() for query in queries])
     counts = {name: count - before[name] for name, count in _counts(stats).items()}
     seconds = {stage: spent - stages.get(stage, 0.0) for stage, spent in stats.seconds.items()}
-    means: list[Tensor | None] = [None, None, None]
-    if sums is not None and (now := _agreement(stats)) is not None and (steps := now[3] - sums[3]) > 0:
-        means = [(table - earlier) / steps for table, earlier in zip(now[:3], sums[:3], strict=True)]
+    means: list[Tensor | None] = [None] * 4
+    if sums is not None and (now := _agreement(stats)) is not None and (steps := now[1] - sums[1]) > 0:
+        means = [(table - earlier) / steps for table, earlier in zip(now[0], sums[0], strict=True)]
     shaped = outputs.transpose(0, 1).reshape(trace.tests.shape)
     return Answers(shaped, counts, {stage: spent for stage, spent in seconds.items() if spent > 0}, *means)
 
@@ -93,12 +94,13 @@ def _counts(stats: CacheStats) -> dict[str, int]:
     return {name: value for name, value in values.items() if isinstance(value, int)}
 
 
-def _agreement(stats: CacheStats) -> tuple[Tensor, Tensor, Tensor, int] | None:
-    """Copies of the sums of recall, mass and exact mass, [heads], and the steps they are of."""
+def _agreement(stats: CacheStats) -> tuple[list[Tensor], int] | None:
+    """Copies of the sums of recall, mass, exact mass and keys scored, [heads], and the steps they are of."""
     if stats.agreement is None:
         return None
     sums = stats.agreement
-    return sums.recall[0].clone(), sums.mass[0].clone(), sums.exact_mass[0].clone(), int(sums.steps[0])
+    tables = (sums.recall, sums.mass, sums.exact_mass, sums.scored)
+    return [table[0].clone() for table in tables], int(sums.steps[0])
 
 
 def _synchronize(device: str) -> None:

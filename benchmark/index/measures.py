@@ -55,7 +55,8 @@ def summarize(results: Sequence[LayerResult], shape: Sequence[int], metrics: Seq
     output_error: mean, median and p90 over all (layer, query head, test query); worst_head, the largest of the means
     over a head's queries, and which it is; by_head, those means, [layer][query head]. recall of the cache's own top_k
     and mass (of all tokens attended to; mass_of_exact relative to retrieving the exact top_k): means over heads, the
-    worst head's, by_head; None where the cache does not keep them. Costs: see `_costs`.
+    worst head's, by_head; None where the cache does not keep them. keys_scored_by_head, [layer][query head], with
+    recall: by the search, to whole keys. Costs: see `_costs`.
     """
     row: dict[str, Any] = {}
     layers = [result.layer for result in results]
@@ -73,6 +74,8 @@ def summarize(results: Sequence[LayerResult], shape: Sequence[int], metrics: Seq
     for name, table in tables.items():
         if name in metrics:
             row[name] = _agreement(table, layers) if len(known) == len(answers) else None
+    if "recall" in metrics and len(known) == len(answers):
+        row["keys_scored_by_head"] = [a.scored.round().int().tolist() for a in known if a.scored is not None]
     if "mass" in metrics:
         shares = [
             a.mass / a.exact_mass.clamp(min=1e-12) for a in known if a.mass is not None and a.exact_mass is not None

@@ -55,6 +55,8 @@ def test_attending_to_everything_has_no_error(tmp_path: Path, n: int, dim: int, 
     assert (full["recall"], full["mass"], full["keys_scored"], full["index_bytes"]) == (None, None, 0, 0)
     assert flat["recall"]["mean"] == flat["mass_of_exact"]["mean"] == 1.0
     assert flat["mass"]["mean"] == pytest.approx(1.0, abs=1e-5)
+    assert flat["keys_scored_by_head"] == [[n - 68] * 2 * group] * 2
+    assert "keys_scored_by_head" not in full
     assert (flat["tokens"], flat["queries"], flat["layers"], flat["trace"]["model"]) == (n, 4, [0, 2], "tiny")
 
 

@@ -9,7 +9,7 @@ import pytest
 from index_cases import write_trace
 
 from benchmark.index import __main__ as command
-from benchmark.index import plot
+from benchmark.index import plot, recall_table
 from benchmark.index.averages import group_rows
 from config import RetroInferConfig
 
@@ -71,6 +71,26 @@ def test_a_series_is_named_after_the_estimation_in_force() -> None:
     ]
     (group,) = group_rows(rows)
     assert [average.series for average in group.averages] == ["flat + centroid", "flat", "wave_index"]
+
+
+def test_the_table_of_recall(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        row("exact", "vt", 0.1, 0.2, recall=1.0),
+        row("graph", "vt", 0.1, 0.2, recall=0.9, mass_of_exact={"mean": 0.99, "worst_head": 0.8}),
+        row("graph", "fwe", 0.3, 0.2, recall=0.7, mass_of_exact={"mean": 0.97, "worst_head": 0.9}),
+        row("full", "vt", 0.0, 0.0),
+    ]
+    results = tmp_path / "o.json"
+    results.write_text(json.dumps({"protocol": {}, "rows": rows}))
+    assert recall_table.main([str(results)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "tiny, 8K tokens, vt, fwe:"
+    assert lines[-2].startswith("| exact | 1.000 | 0.500 | \N{EN DASH} | \N{EN DASH} | 0.1000 | 50 | 0.62 % |")
+    assert lines[-1] == "| graph | 0.800 | 0.350 | 0.980 | 0.800 | 0.2000 | 50 | 0.62 % |"
+    assert recall_table.main([str(results), "--only", "exact"]) == 0
+    assert "| graph" not in capsys.readouterr().out
+    assert recall_table.main([str(results), "--only", "full"]) == 2
+    assert "no row with a recall and 'full' in its name" in capsys.readouterr().err
 
 
 @needs_matplotlib

@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from index_cases import write_trace
 
 from benchmark.index.hnswlib_index import is_installed
+from benchmark.index.joined import join_heads, join_traces
 from benchmark.index.search_time import main
+from benchmark.index.traces import open_folder
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +35,7 @@ def test_a_row_for_every_index_and_layer(tmp_path: Path, capsys: pytest.CaptureF
         if row["strategy"] == "flat":
             assert (row["keys_scored"], row["recall"]) == (300 - 68, 1)
     assert written["config"]["threads"] == 1
-    assert "| a | 0 | flat | 232 | 1.000 |" in capsys.readouterr().out
+    assert "| a | 0 | 16 | flat | 232 | 1.000 |" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not is_installed(), reason="needs hnswlib")
@@ -44,7 +47,57 @@ def test_hnswlib_is_timed_without_a_count_of_keys(tmp_path: Path, capsys: pytest
     assert (row["keys_scored"], row["ns_per_key"]) == (None, None)
     assert row["recall"] > 0.5
     assert row["us_per_query"] > 0
-    assert "| a | 0 | hnswlib | - |" in capsys.readouterr().out
+    assert "| a | 0 | 16 | hnswlib | - |" in capsys.readouterr().out
+
+
+def test_traces_and_heads_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [
+        write_trace(tmp_path / name, n=n, dim=16, group=2, kv_heads=3, tests=t)
+        for name, n, t in (("a", 200, 3), ("b", 150, 5))
+    ]
+    words = ["--traces", *map(str, folders), "--strategies", "flat", "--top_k", "20", "--rounds", "1", "--layers", "2"]
+    assert main([*words, "--join_traces", "--join_heads", "--output", str(tmp_path / "o.json")]) == 0
+    written = json.loads((tmp_path / "o.json").read_text())
+    assert (written["config"]["join_traces"], written["config"]["join_heads"]) == (True, True)
+    (row,) = written["rows"]
+    assert (row["trace"], row["tokens"], row["kv_heads"], row["heads_joined"]) == ("a + b", 200 + 146, 1, 2)
+    assert (row["head_dim"], row["keys_scored"], row["recall"]) == (32, 200 + 146 - 68, 1)
+    capsys.readouterr()
+
+
+def test_joined_states_are_those_of_the_parts(tmp_path: Path) -> None:
+    a, b = (
+        open_folder(write_trace(tmp_path / name, n=n, dim=16, group=2, kv_heads=3, tests=t)).load(2)
+        for name, n, t in (("a", 200, 3), ("b", 150, 5))
+    )
+    both = join_traces([a, b])
+    assert torch.equal(both.keys, torch.cat((a.keys, b.keys[:, 4:]), 1))
+    assert torch.equal(both.queries[:, :, 200:], b.queries[:, :, 4:]), "query i stands at token i"
+    assert torch.equal(both.tests, torch.cat((a.tests, b.tests), 2))
+    wide = join_heads(a)
+    assert wide.queries.shape == (1, 2, 200, 32)
+    for part in ("queries", "keys", "values", "tests"):
+        assert torch.equal(getattr(wide, part)[0], torch.cat((getattr(a, part)[0], getattr(a, part)[1]), -1))
+
+
+@pytest.mark.parametrize(
+    ("other", "words", "message"),
+    [
+        ({"dim": 32, "group": 1}, [], "join_traces: got [kv heads, g, d] of [(1, 1, 16), (1, 1, 32)]"),
+        ({"dim": 16, "group": 1, "layers": (0, 3)}, [], "has layers [0, 3], allowed: those of"),
+        ({"dim": 16, "group": 1}, ["--join_heads"], "join_heads: got a trace of 1 kv head, allowed: 2 or more"),
+    ],
+)
+def test_what_cannot_be_joined(
+    other: dict[str, Any], words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [
+        write_trace(tmp_path / "a", n=100, dim=16, group=1, kv_heads=1),
+        write_trace(tmp_path / "b", n=100, kv_heads=1, **other),
+    ]
+    words = ["--traces", *map(str, folders), "--join_traces", *words]
+    assert main([*words, "--output", str(tmp_path / "o.json")]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,7 @@ def test_diagnosis_of_the_flat_strategy_finds_everything() -> None:
     assert bool((agreement.mean(agreement.recall) == 1).all())
     assert torch.equal(agreement.mass, agreement.exact_mass)
     assert bool((agreement.mean(agreement.mass) < 1).all())
+    assert agreement.scored.sum() == cache.stats.scored
 
 
 def test_diagnosis_measures_recall_and_mass_of_the_graph() -> None:

@@ -227,6 +227,7 @@ def test_diagnosis_measures_recall_and_mass() -> None:
     agreement = cache.stats.agreement
     assert agreement is not None
     assert agreement.steps.tolist() == [2 * STEPS] * LAYERS
+    assert agreement.scored.sum() == cache.stats.scored
     recall, mass = agreement.mean(agreement.recall), agreement.mean(agreement.mass)
     assert bool(((recall > 0.3) & (recall < 1)).all()), "a fifth of the clusters holds more than a fifth of the best"
     assert bool(((mass > 0.2) & (mass < 1)).all())
