@@ -16,6 +16,7 @@ from config import ESTIMATIONS
 
 from .diagnosis import agreement_with_exact
 from .index import SearchResult, TokenIndex
+from .index._native import trim_memory
 from .index.metric import LATE_QUERIES, query_moment
 from .indexed_sequences import IndexedSequences, LatestQueries
 from .lift import SoftmaxLift
@@ -199,6 +200,8 @@ class TokenIndexCache(SavedLayers):
         for stage, seconds in index.build_seconds.items():
             self.stats.seconds[stage] += seconds
         self.keep_index(layer_idx, start_bdx, count, index, lift, moment)
+        del q, queries
+        trim_memory()
 
     def keep_index(
         self, layer_idx: int, start_bdx: int, count: int, index: TokenIndex, lift: SoftmaxLift | None, moment: Tensor

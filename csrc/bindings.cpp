@@ -12,6 +12,10 @@
 #include <string>
 #include <vector>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "graph.h"
 #include "graph_insert.h"
 #include "graph_search.h"
@@ -204,6 +208,15 @@ PYBIND11_MODULE(_native, m) {
             });
         },
         "Searches one query per (kv head, query head of its group); `exact` keys, or None, rank what is found.");
+
+    m.def(
+        "trim_memory",
+        [] {
+#ifdef __GLIBC__
+            malloc_trim(0);
+#endif
+        },
+        "Gives free memory back to the system, of which the C library keeps what large temporaries took.");
 
     m.def(
         "row_kernels",

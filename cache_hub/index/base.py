@@ -66,7 +66,8 @@ class TokenIndex(ABC):
         """The k keys of largest inner product with each of queries [R, g, D], as well as the index finds them.
 
         near [R, g, w] int32 on the CPU, best first, -1 pads at the end: keys that may be close to those wanted, such as
-        what the step before found; an index may start from them, those of all g. Raises ValueError for shapes that do not fit and ids of no key.
+        what the step before found; an index may start from them, those of all g. Raises ValueError for shapes that do
+        not fit and ids of no key.
         """
 
     def save(self, path: str | Path) -> str:

@@ -16,9 +16,9 @@ def co_occurrence_links(lists: Tensor, n: int, width: int) -> Tensor:
 
     lists [g, M, k] int32, as causal_knn returns them for one row; of one position, those of a later head come later.
     Half of the links lead to the keys that stand nearest in the latest lists: each of the three latest lists that name
-    a key adds to the weight of its member of rank j, where the key has rank r, 131072 // (2 + |j - r|) + k - j; greatest
-    weight first, equal ones by id. The others lead to what a sample of the lists ranks first, see _sampled_pivots; places
-    left are for more of the first kind.
+    a key adds to the weight of its member of rank j, where the key has rank r, 131072 // (2 + |j - r|) + k - j;
+    greatest weight first, equal ones by id. The others lead to what a sample of the lists ranks first, see
+    _sampled_pivots; places left are for more of the first kind.
     """
     by_time = lists.transpose(0, 1).reshape(-1, lists.shape[2])
     backwards = by_time.flatten().flip(0)

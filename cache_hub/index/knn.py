@@ -85,21 +85,25 @@ def key_knn(
         return lists
     backend = choose_backend(backend, keys.device)
     lists_of, block = BACKENDS[backend], _block(backend, min(block, _KEY_BLOCK) if backend == "faiss" else block)
-    centred = directions(keys, extra, root)
-    held = None
-    if extra is not None and backend == "triton":  # whose tiles would be twice as wide
-        centred, held = centred[..., :-1].contiguous(), centred[..., -1].contiguous()
+    split = extra is not None and backend == "triton"  # whose tiles would be twice as wide
 
-    def work(r: int, begin: int) -> None:
+    def work(begin: int) -> None:
         part = torch.arange(begin, min(begin + block, n), device=keys.device)
-        beside = None if held is None else (held[r], held[r, part])
-        ids = lists_of(centred[r], centred[r, part], torch.full((len(part),), n), k + 1, beside)
+        beside = None if held is None else (held, held[part])
+        ids = lists_of(centred, centred[part], torch.full((len(part),), n), k + 1, beside)
         # A key is its own neighbour; among exact duplicates it may not be the first, or not even listed.
         keep = ids != part[:, None]
         keep[:, -1] &= ~keep.all(dim=1)
         lists[r, begin : begin + len(part)] = ids[keep].view(-1, k)
 
-    in_parallel(work, [(r, begin) for r in range(rows) for begin in range(0, n, block)], keys.device, num_threads)
+    # Row by row: in float32 the vectors, and what they are made of, take several times the keys' bytes.
+    for r in range(rows):
+        own = slice(r, r + 1)
+        centred = directions(keys[own], None if extra is None else extra[own], None if root is None else root[own])[0]
+        held = None
+        if split:
+            centred, held = centred[:, :-1].contiguous(), centred[:, -1].contiguous()
+        in_parallel(work, [(begin,) for begin in range(0, n, block)], keys.device, num_threads)
     return lists
 
 

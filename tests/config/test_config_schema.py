@@ -32,7 +32,7 @@ GRAPH_DEFAULTS = {
     "knn_backend": "auto",
     "estimation": "centroid",
     "estimation_budget": 1.0,
-    "num_entries": 128,
+    "num_entries": 64,
     "insert_batch": 512,
 }
 
