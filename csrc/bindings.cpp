@@ -238,9 +238,14 @@ PYBIND11_MODULE(_native, m) {
 
     m.def(
         "pack_links",
-        [](uintptr_t ids, int64_t rows, int64_t width, int64_t segments, int64_t slots, uintptr_t out) {
+        [](uintptr_t ids, int64_t rows, int64_t width, int64_t segments, int64_t slots, int num_threads, uintptr_t out) {
             py::gil_scoped_release release;
-            pack_links(at<const int32_t>(ids), rows, width, segments, slots, at<uint16_t>(out));
+            constexpr int64_t kRows = 4096;
+            threads(num_threads)->parallel_for((rows + kRows - 1) / kRows, 1, [&](int64_t part) {
+                const int64_t first = part * kRows;
+                pack_links(at<const int32_t>(ids) + first * width, std::min(kRows, rows - first), width, segments, slots,
+                           at<uint16_t>(out) + first * slots);
+            });
         },
         "Links in 16 bits each; see links.h.");
 

@@ -82,7 +82,7 @@ class AttentionAwareGraphIndex(TokenIndex):
             links = self._build_on_gpu(wide, by_query, by_key, degree)
         else:
             links = self._build_on_cpu(keys, by_query, by_key, degree)
-        self.links = PackedLinks.pack(links, o.key_degree)
+        self.links = PackedLinks.pack(links, o.key_degree, self.num_threads)
         clock.stage("projection")
 
     def _index_dtype(self, keys: Tensor) -> torch.dtype:

@@ -35,19 +35,19 @@ class PackedLinks:
         return slots - (segments + 1) // 2 if segments > 1 else slots
 
     @classmethod
-    def pack(cls, links: Tensor, slots: int) -> PackedLinks:
+    def pack(cls, links: Tensor, slots: int, num_threads: int = 1) -> PackedLinks:
         """From links [R, N, capacity] int32 on the CPU, contiguous, -1 pads at the end; kept as they are where nothing
         is to be gained."""
         segments = _segments(links.shape[1], slots)
-        return cls(cls._laid_out(links, slots, segments), segments)
+        return cls(cls._laid_out(links, slots, segments, num_threads), segments)
 
     @staticmethod
-    def _laid_out(links: Tensor, slots: int, segments: int) -> Tensor:
+    def _laid_out(links: Tensor, slots: int, segments: int, num_threads: int = 1) -> Tensor:
         if segments == 0:
             return links
         rows, keys, width = links.shape
         data = torch.empty(rows, keys, slots, dtype=torch.uint16)
-        _native.pack_links(links.data_ptr(), rows * keys, width, segments, slots, data.data_ptr())
+        _native.pack_links(links.data_ptr(), rows * keys, width, segments, slots, num_threads, data.data_ptr())
         return data
 
     def grown(self, keys: int) -> PackedLinks:
