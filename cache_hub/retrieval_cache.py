@@ -256,7 +256,7 @@ class TokenIndexCache(SavedLayers):
                     rest, clusters = self._tails[layer_idx].parts(query_states, ids, values, self.sinks)
                 self.stats.estimated += clusters
                 if self.estimation_budget < 1:
-                    self.stats.scored += self.num_heads * sum(self._tails[layer_idx].clusters)
+                    self._count_centroids(sum(self._tails[layer_idx].clusters))
                 parts += rest
         self._count_tokens(layer_idx)
         with self.stats.timed("attention"):
@@ -301,6 +301,7 @@ class TokenIndexCache(SavedLayers):
             most = max(most, width)
             found.append(result)
             self.stats.scored += int(result.keys_scored.sum())
+            self.stats.scored_bytes += group.index.scored_bytes(result)
             self.stats.attended += attended
             self.stats.bytes_moved += 2 * attended * self.head_dim * self.dtype.itemsize
         out = torch.empty((*shape[:2], most), dtype=torch.int32, pin_memory=pinned).copy_(ids[..., :most])
