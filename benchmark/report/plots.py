@@ -128,7 +128,7 @@ def against_cost(
     panels = figure.subplots(1, len(x_titles), squeeze=False)[0]
     figure.subplots_adjust(
         left=0.85 / figure.get_figwidth(),
-        right=0.985,
+        right=0.985 if whole is None else 0.965,
         wspace=0.16,
         top=0.97 if whole is None else 0.94,
         bottom=(legend_height + 0.62) / figure.get_figheight(),
