@@ -163,6 +163,11 @@ class KV_Cache(ABC):
         """Bytes of everything the strategy adds to the keys and values."""
         return 0
 
+    def _count_centroids(self, scored: int) -> None:
+        """That every query head scored so many, in the store's type."""
+        self.stats.scored += self.num_heads * scored
+        self.stats.scored_bytes += self.num_heads * scored * self.head_dim * self.dtype.itemsize
+
     def context_lengths(self, layer_idx: int) -> list[int]:
         """Tokens of every sequence that the layer holds now."""
         return [length + self.generated[layer_idx] for length in self.prompt_lengths]

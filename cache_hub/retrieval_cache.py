@@ -15,13 +15,13 @@ from attn_hub import WeightedPart, weighted_decode_attention
 from config import ESTIMATIONS
 
 from .diagnosis import agreement_with_exact
+from .growing_layers import GrowingLayers
 from .index import SearchResult, TokenIndex
 from .index._native import trim_memory
 from .index.metric import LATE_QUERIES, query_moment
-from .indexed_sequences import IndexedSequences, LatestQueries
+from .indexed_sequences import IndexedSequences
 from .lift import SoftmaxLift
-from .saved_layers import SavedLayers
-from .static_zone import StaticZone, check_static, sinks_and_window
+from .static_zone import check_static, sinks_and_window
 from .stats import Agreement, CacheStats
 from .tail import CentroidTail
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from config import RetroInferConfig
 
 
-class TokenIndexCache(SavedLayers):
+class TokenIndexCache(GrowingLayers):
     """Keys and values of the prompt in CPU memory (pinned beside a GPU), static tokens where the layer computes.
 
     Static: the first `static_pattern_start` tokens, the last `static_pattern_end` of the prompt and generated ones.
@@ -79,13 +79,9 @@ class TokenIndexCache(SavedLayers):
         self.top_k, self.min_indexed, self.warm_start = top_k, min_indexed, warm_start
         # Without a GPU the main thread computes too: torch's own thread count is the right one then.
         self.num_threads = core if self.devices[0].type == "cuda" else None
-        self._groups: list[list[IndexedSequences]] = [[] for _ in self.devices]
-        self._latest = [
-            LatestQueries(self.insert_batch, layer * self.insert_batch // self.layer_num)
-            for layer in range(self.layer_num)
-        ]
+        self._groups = [[] for _ in self.devices]
         self._pending: Tensor | None = None
-        self._tails: list[CentroidTail] = []
+        self._tails = []
         self._tail_seconds = 0.0
         self._prompt_seconds: dict[str, float] = {}
         self._allocate()
@@ -123,9 +119,10 @@ class TokenIndexCache(SavedLayers):
 
     def rewind(self) -> None:
         """Raises ValueError where generated tokens are in the index, which does not forget."""
-        inserted = max(latest.batches for latest in self._latest) * self.insert_batch
-        if inserted:
-            raise ValueError(f"rewind: {inserted} generated tokens are indexed, allowed: none, as with insert_batch 0")
+        if self._inserted:
+            raise ValueError(
+                f"rewind: {self._inserted} generated tokens are indexed, allowed: none, as with insert_batch 0"
+            )
         for zone, generated in zip(self._zones, self.generated, strict=True):
             zone.drop_last(generated)
         self.generated = [0] * self.layer_num
@@ -136,23 +133,6 @@ class TokenIndexCache(SavedLayers):
             notes=self.stats.notes,
             agreement=Agreement.zeros(self.layer_num, self.num_heads) if self.stats.agreement else None,
         )
-
-    def _allocate(self) -> None:
-        prompt = self.max_length - self.max_new_length
-        batch, new = self.insert_batch, self.max_new_length
-        # A layer whose turn comes last holds nearly two batches.
-        static = min(self.sinks + self.window + self.min_indexed, prompt) + (min(2 * batch, new) if batch else new)
-        length = prompt + (max(new // batch * batch - self.window, 0) if batch else 0)
-        rows = (self.batch_size, self.kv_head)
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-        self._zones: list[StaticZone] = []
-        for device in self.devices:
-            pinned = device.type == "cuda"
-            for stores in (self._keys, self._values):
-                store = torch.empty(*rows, length, self.head_dim, dtype=self.dtype, pin_memory=pinned)
-                stores.append(store)
-            self._zones.append(StaticZone(*rows, static, self.head_dim, self.dtype, device))
 
     def indexed_range(self, length: int) -> range:
         """Positions of a prompt of `length` tokens that are indexed; empty where it is attended in full."""
@@ -236,10 +216,6 @@ class TokenIndexCache(SavedLayers):
             tail.add(group.sequences, keys, values, group.query_moment)
         return tail
 
-    def decode_update_kv_cache(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
-        self._zones[layer_idx].append(key_states, value_states)
-        self.generated[layer_idx] += 1
-
     def compute(self, query_states: Tensor, layer_idx: int) -> Tensor:
         parts = [self._zones[layer_idx].part()]
         if self._groups[layer_idx]:
@@ -256,7 +232,7 @@ class TokenIndexCache(SavedLayers):
                     rest, clusters = self._tails[layer_idx].parts(query_states, ids, values, self.sinks)
                 self.stats.estimated += clusters
                 if self.estimation_budget < 1:
-                    self.stats.scored += self.num_heads * sum(self._tails[layer_idx].clusters)
+                    self._count_centroids(sum(self._tails[layer_idx].clusters))
                 parts += rest
         self._count_tokens(layer_idx)
         with self.stats.timed("attention"):
@@ -265,22 +241,6 @@ class TokenIndexCache(SavedLayers):
             with self.stats.timed("insert"):
                 self._grow(query_states, layer_idx)
         return attended
-
-    def _grow(self, query_states: Tensor, layer_idx: int) -> None:
-        """Keeps the query [B, 1, H, D]; when the layer's turn comes, the oldest batch goes from the static zone into
-        store, index and tail."""
-        batch, step = self.insert_batch, self.generated[layer_idx]
-        queries = self._latest[layer_idx].put(step, query_states)
-        if queries is None:
-            return
-        for group in self._groups[layer_idx]:
-            keys, values = self._zones[layer_idx].take(group.sequences, self.sinks, batch)
-            to = (group.sequences, slice(None), slice(group.stop, group.stop + batch))
-            self._keys[layer_idx][to], self._values[layer_idx][to] = keys, values
-            group.insert(self._keys[layer_idx], batch, queries, self.prompt_lengths[group.start] + step - batch)
-            if self._tails:
-                moment = query_moment(group.by_row(queries, self.kv_head))
-                self._tails[layer_idx].add(group.sequences, keys, values, moment)
 
     def _retrieve(self, query_states: Tensor, layer_idx: int) -> tuple[list[SearchResult], Tensor, Tensor | None]:
         """What every group's search found, and the positions to attend to: the union over
@@ -301,6 +261,7 @@ class TokenIndexCache(SavedLayers):
             most = max(most, width)
             found.append(result)
             self.stats.scored += int(result.keys_scored.sum())
+            self.stats.scored_bytes += group.index.scored_bytes(result)
             self.stats.attended += attended
             self.stats.bytes_moved += 2 * attended * self.head_dim * self.dtype.itemsize
         out = torch.empty((*shape[:2], most), dtype=torch.int32, pin_memory=pinned).copy_(ids[..., :most])

@@ -210,7 +210,7 @@ class WaveIndexCache(KV_Cache):
     def _count_clusters(self, index: WaveIndex, selection: Selection, moved: int) -> None:
         self.stats.attended += selection.members
         self.stats.estimated += selection.estimates
-        self.stats.scored += self.num_heads * sum(counts.centroids for counts in index.counts)
+        self._count_centroids(sum(counts.centroids for counts in index.counts))
         self.stats.bytes_moved += 2 * moved * self.head_dim * self.dtype.itemsize
 
     def _compare(self, query_states: Tensor, rows: Tensor, layer_idx: int, agreement: Agreement) -> None:

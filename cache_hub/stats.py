@@ -50,13 +50,15 @@ class CacheStats:
     """Totals since the cache was made; shares are of the tokens in the cache at that step.
 
     Sums run over decode steps, layers, sequences and kv heads (tokens attended, clusters estimated) or query heads
-    (keys scored). Tokens that only an estimate stands for are not attended.
+    (keys scored). Tokens that only an estimate stands for are not attended. scored_bytes: of the keys and centroids
+    scored, in the type in which they are read, as if no two query heads shared one.
     """
 
     attended: int = 0
     attended_of: int = 0
     estimated: int = 0
     scored: int = 0
+    scored_bytes: int = 0
     scored_of: int = 0
     bytes_moved: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 from config.schema import ESTIMATING
@@ -22,6 +22,7 @@ _COSTS = (
     "build_seconds",
 )
 _AGREEMENTS = ("recall", "mass", "mass_of_exact")
+_NUMBER = re.compile(r"\b\d+(?:\.\d+)?\b")
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,42 @@ class Average:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """How a configuration appears in a plot: in which series, and what stands beside its marker."""
+
+    series: str
+    label: str
+
+
+@dataclass(frozen=True)
 class Group:
-    """Configurations on traces of one model and context length, in the file's order. label: of each one's points."""
+    """Configurations on traces of one model and context length, in the file's order. tokens: mean length of the
+    traces."""
 
     model: str
     context_len: int
+    tokens: float
     traces: Sequence[str]
     averages: Sequence[Average]
 
-    def labels(self) -> list[str]:
-        """Names without the words that all names of a series begin or end with."""
-        by_series: dict[str, list[str]] = defaultdict(list)
+    def drawn(self) -> list[Drawn]:
+        """Of every configuration. Those of one series whose names differ in numbers alone are a family, labelled by
+        these numbers. Where a series has several families each is a series of its own, called by the words that its
+        names share, and one that has a single member needs no label."""
+        families: dict[tuple[str, str], list[str]] = defaultdict(list)
         for average in self.averages:
-            by_series[average.series].append(average.name)
-        return [_own_words(average.name, by_series[average.series]) for average in self.averages]
+            families[_family(average)].append(average.name)
+        series, patterns = [each for each, _ in families], [each for _, each in families]
+        drawn = []
+        for average in self.averages:
+            names = families[_family(average)]
+            label = _own_numbers(average.name, names)
+            if series.count(average.series) == 1:
+                drawn.append(Drawn(average.series, label or average.name))
+            else:
+                ambiguous = patterns.count(_family(average)[1]) > 1
+                drawn.append(Drawn(_common_words(names) + f" ({average.series})" * ambiguous, label))
+        return drawn
 
 
 def group_rows(rows: Sequence[dict[str, Any]]) -> list[Group]:
@@ -72,7 +95,8 @@ def _group(model: str, length: int, rows: Sequence[dict[str, Any]]) -> Group:
     for row in rows:
         by_configuration[json.dumps([row["name"], row["strategy"], row["set"]], sort_keys=True)].append(row)
     traces = list(dict.fromkeys(row["trace"]["folder"] for row in rows))
-    return Group(model, length, traces, [_average(members) for members in by_configuration.values()])
+    tokens = sum(row["tokens"] for row in rows) / len(rows)
+    return Group(model, length, tokens, traces, [_average(members) for members in by_configuration.values()])
 
 
 def _average(rows: Sequence[dict[str, Any]]) -> Average:
@@ -112,13 +136,21 @@ def _values(row: dict[str, Any]) -> dict[str, float]:
     return values
 
 
-def _own_words(name: str, names: Sequence[str]) -> str:
-    """A name without the words that all `names` begin or end with; whole where it is the only one."""
-    words = [each.split(" ") for each in names]
-    if len(names) == 1:
-        return name
-    alike = lambda column: len(set(column)) == 1  # noqa: E731
-    begin = sum(1 for _ in takewhile(alike, zip(*words, strict=False)))
-    end = sum(1 for _ in takewhile(alike, zip(*(each[begin:][::-1] for each in words), strict=False)))
-    mine = name.split(" ")
-    return " ".join(mine[begin : len(mine) - end]).rstrip(",") or name
+def _family(average: Average) -> tuple[str, str]:
+    return average.series, _NUMBER.sub("#", average.name)
+
+
+def _varying(names: Sequence[str]) -> list[bool]:
+    """Of each number in names that differ in numbers alone, whether it is another one in some of them."""
+    return [len(set(numbers)) > 1 for numbers in zip(*map(_NUMBER.findall, names), strict=True)]
+
+
+def _own_numbers(name: str, names: Sequence[str]) -> str:
+    """Those that are not the same in all `names` of a family; empty where all are."""
+    return ", ".join(number for number, varies in zip(_NUMBER.findall(name), _varying(names), strict=True) if varies)
+
+
+def _common_words(names: Sequence[str]) -> str:
+    """A family's name, with an ellipsis in place of what varies."""
+    varying = iter(_varying(names))
+    return _NUMBER.sub(lambda number: "\N{HORIZONTAL ELLIPSIS}" if next(varying) else number[0], names[0])

@@ -93,13 +93,15 @@ def summarize(results: Sequence[LayerResult], shape: Sequence[int], metrics: Seq
 
 
 def _costs(results: Sequence[LayerResult], shape: Sequence[int]) -> dict[str, Any]:
-    """Means over layers and test queries, and bytes at the store's type.
+    """Means over layers and test queries; bytes at the store's type, but for scoring_bytes.
 
     tokens_attended: per kv head, the union over its query heads, static tokens included. rows_estimated: per kv head,
     clusters that stood for tokens not attended to. keys_scored: per query head, every inner product of the search.
     bytes_read, per kv head and query: key and value of every row attended to or estimated, of which estimate_bytes.
     scoring_bytes, per kv head and query, not in bytes_read: a key for every inner product of its query heads, as if
-    none served two of them. counts: every counter of CacheStats, per query and layer.
+    none served two of them, in the type that is read for it (index_dtype; 1 byte an element and 4 of a scale in int8's
+    walk, whose beam is read from the store; faiss's own float32 copy). counts: every counter of CacheStats, per query
+    and layer.
     """
     kv_heads, group, queries, dim = shape
     asked = len(results) * queries
@@ -114,7 +116,7 @@ def _costs(results: Sequence[LayerResult], shape: Sequence[int]) -> dict[str, An
         "keys_scored": _rounded(scored),
         "bytes_read": _rounded(2 * (attended + estimated) * dim * item),
         "estimate_bytes": _rounded(2 * estimated * dim * item),
-        "scoring_bytes": _rounded(scored * group * dim * item),
+        "scoring_bytes": _rounded(per_query["scored_bytes"] / kv_heads),
         "index_bytes": sum(result.index_bytes for result in results),
         "kv_bytes": sum(result.kv_bytes for result in results),
         "counts": {name: _rounded(count) for name, count in per_query.items()},

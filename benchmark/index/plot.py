@@ -1,7 +1,8 @@
 """Tables and plots of result rows: python -m benchmark.index.plot RESULTS.json --output FOLDER
 
 Writes FOLDER/index.md, prints it, and plots for every model and context length the output error against what is read
-and scored, and the recall against what is scored. Exit status 2: bad input.
+and scored, recall and attention mass against what is scored. Rows of a strategy whose names differ in numbers alone are
+one line, labelled by these numbers. Exit status 2: bad input.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ def make_plots(results: Sequence[Path], output: Path) -> str:
     groups = group_rows([row for path in results for row in read_results(path)["rows"]])
     blocks: list[Block] = [Heading(1, "Strategies on recorded attention states"), Paragraph(_NOTE)]
     images: list[Image] = []
+    series = list(dict.fromkeys(how.series for group in groups for how in group.drawn()))
     for group in groups:
-        drawn = figures(group)
+        drawn = figures(group, series)
         images += drawn
         blocks += [
             Heading(2, f"{group.model}, {tokens(group.context_len)}"),
@@ -108,13 +110,15 @@ def table(group: Group) -> Table:
     return Table(["", *["traces"] * several, *(title for title, _, _ in shown)], rows)
 
 
-def figures(group: Group) -> list[Image]:
-    """Error against bytes and keys scored, recall against keys scored; none where nothing is to be drawn."""
+def figures(group: Group, series: Sequence[str]) -> list[Image]:
+    """Error against bytes and keys scored, recall and mass against keys scored; none where nothing is to be drawn.
+    series: all that get a colour, so that it is the same in other groups' figures."""
     from ..report.plots import Point, against_cost  # imports matplotlib
 
     length = f"{tokens(group.context_len)} tokens"
     where = f"{Path(group.model).name}, {length}"
     end = f"{Path(group.model).name}_{group.context_len}.png"
+    drawn = group.drawn()
 
     def points(y: str, x: Sequence[tuple[str, float]], least: float, by_top_k: bool) -> list[Point]:
         """Those above `least` in y; x: (cost, unit) of every panel; by_top_k: a line for each top_k."""
@@ -126,25 +130,29 @@ def figures(group: Group) -> list[Image]:
             Point(
                 tuple(at(average, *cost) for cost in x),
                 average.values[y],
-                label,
-                average.series,
+                how.label,
+                how.series,
                 f"top {average.top_k}" if by_top_k else "",
             )
-            for average, label in zip(group.averages, group.labels(), strict=True)
+            for average, how in zip(group.averages, drawn, strict=True)
             if average.values.get(y, -1.0) > least
         ]
 
-    series = list(dict.fromkeys(average.series for average in group.averages))
     images = []
     if errors := points("error_median", [("bytes_read", 1024), ("keys_scored", 1)], EXACT, False):
         titles = ["KiB read per kv head and query", "keys scored per query head and query"]
         y_title = f"median output error, {length}"
         png = against_cost(titles, y_title, errors, [True, True], logarithmic_y=True, better="lower", coloured=series)
         images.append(Image(f"error_{end}", png, f"Output error against KiB read and keys scored, {where}"))
-    if recalls := points("recall", [("keys_scored", 1)], 0.0, True):
-        titles, y_title = ["keys scored per query head and query"], f"recall of the top k, {length}"
-        png = against_cost(titles, y_title, recalls, [True], better="higher", coloured=series)
-        images.append(Image(f"recall_{end}", png, f"Recall against keys scored, {where}"))
+    for file, y, y_title in (
+        ("recall", "recall", "recall of the top k"),
+        ("mass", "mass_of_exact", "attention mass, of the exact top k's"),
+    ):
+        if shares := points(y, [("keys_scored", 1)], 0.0, True):
+            titles = ["keys scored per query head and query; above: of the context"]
+            title = f"{y_title}, {length}"
+            png = against_cost(titles, title, shares, [True], better="higher", coloured=series, whole=group.tokens)
+            images.append(Image(f"{file}_{end}", png, f"{y_title.capitalize()} against keys scored, {where}"))
     return images
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import itertools
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import PIL.Image
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -36,6 +38,7 @@ _COLOURS = (
 _MARKERS = "osD^vPX<>hpd"
 _DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))
 _MISSING = "#d9d9d9"
+_LEGEND_WIDTH = 46  # characters, of which two columns fit below a panel
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,14 @@ def against_cost(
     logarithmic_y: bool = False,
     better: Literal["higher", "lower"] | None = None,
     coloured: Sequence[str] = (),
+    whole: float | None = None,
 ) -> bytes:
     """One panel for each x, one marker for each point, one kind of marker for each series.
 
     better: a line joins those of its points that no other one beats in both x (the less the better) and y, and these
     are labelled, of markers that cover each other in a series the first; None: lines join all points, all are labelled.
     coloured: series in the order in which they get their colours and markers, of this plot and of others like it.
+    whole: the x of which an axis above the panels gives the share.
     """
     series = list(dict.fromkeys(point.series for point in points))
     styles = {
@@ -113,14 +118,19 @@ def against_cost(
     }
     fronts = [[] if better is None else _fronts(points, i, better) for i in range(len(x_titles))]
     columns = min(len(series), 2 * len(x_titles))
-    legend_height = 0.28 * -(-len(series) // columns) + 0.1
-    figure = _figure((max(6.1 * len(x_titles), 8), 5 + 0.05 * max(len(points) - 12, 0)))
+    wrapped = ["\n".join(textwrap.wrap(name, _LEGEND_WIDTH)) for name in series]
+    per_column = -(-len(series) // columns)
+    lines = max(
+        sum(name.count("\n") for name in wrapped[i : i + per_column]) for i in range(0, len(series), per_column)
+    )
+    legend_height = 0.22 * per_column + 0.15 * lines + 0.1
+    figure = _figure((max(6.1 * len(x_titles), 8), 4.7 + legend_height + 0.05 * max(len(points) - 12, 0)))
     panels = figure.subplots(1, len(x_titles), squeeze=False)[0]
     figure.subplots_adjust(
         left=0.85 / figure.get_figwidth(),
-        right=0.985,
+        right=0.985 if whole is None else 0.965,
         wspace=0.16,
-        top=0.97,
+        top=0.97 if whole is None else 0.94,
         bottom=(legend_height + 0.62) / figure.get_figheight(),
     )
     handles: dict[str, Any] = {}
@@ -150,7 +160,11 @@ def against_cost(
         axes.grid(color="#e3e7eb", linewidth=0.7)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=columns, frameon=False)
+        if whole is not None:
+            _share_axis(axes, whole)
+    figure.legend(
+        [handles[name] for name in series], wrapped, loc="lower center", ncols=columns, frameon=False, fontsize=9
+    )
     for i, axes in enumerate(panels):
         placed = [(x, point) for point in points if (x := point.x[i]) is not None]
         named = placed
@@ -161,6 +175,16 @@ def against_cost(
         drawn = [line.get_xydata() for line in axes.lines if line.get_linewidth()]
         _label(axes, labelled, [(x, point.y) for x, point in placed], drawn)
     return _png(figure)
+
+
+def _share_axis(axes: Axes, whole: float) -> None:
+    shares = axes.secondary_xaxis(
+        "top", functions=(lambda x: np.multiply(x, 100 / whole), lambda x: np.multiply(x, whole / 100))
+    )
+    if axes.get_xscale() == "log":
+        _plain_ticks(shares.xaxis)
+    shares.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    shares.tick_params(length=2, labelsize=9)
 
 
 def _plain_ticks(axis: Axis) -> None:
@@ -265,6 +289,9 @@ def _figure(size: tuple[float, float]) -> Figure:
 
 
 def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()
+    """With a palette of 256 colours, a third of the bytes."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
+    with PIL.Image.open(drawn) as image:
+        image.convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE).save(small, "png", optimize=True)
+    return small.getvalue()

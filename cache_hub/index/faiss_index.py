@@ -101,6 +101,10 @@ class FaissIndex(TokenIndex):
         return SearchResult(torch.from_numpy(ids), torch.from_numpy(scores), torch.from_numpy(keys_scored))
 
     @property
+    def key_bytes(self) -> int:
+        return 4 * (self._keys.shape[2] + (self._extra is not None))
+
+    @property
     def nbytes(self) -> int:
         return sum(self.row_bytes(row) for row in self._rows)
 

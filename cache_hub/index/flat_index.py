@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _native
 from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_insert, check_search
-from .key_store import as_key_store
+from .key_store import as_key_store, stored_key_bytes
 
 
 class FlatIndex(TokenIndex):
@@ -57,6 +57,10 @@ class FlatIndex(TokenIndex):
         scores = torch.full((rows, group, k), float("-inf"))
         _native.scan(self._store, asked.data_ptr(), group, k, self.num_threads, ids.data_ptr(), scores.data_ptr())
         return SearchResult(ids, scores, torch.full((rows, group), n, dtype=torch.int64))
+
+    @property
+    def key_bytes(self) -> int:
+        return stored_key_bytes(self.keys, self.extra)
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ from config import GraphConfig
 
 from . import _native
 from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_insert, check_search, lift
-from .key_store import CompactKeys, as_key_store
+from .key_store import CompactKeys, as_key_store, stored_key_bytes
 from .knn import causal_knn, key_knn
 from .links import PackedLinks
 from .metric import LATE_QUERIES, KeyMetric, query_moment, square_root
@@ -284,6 +284,23 @@ class AttentionAwareGraphIndex(TokenIndex):
             exact,
         )
         return SearchResult(ids, scores, keys_scored)
+
+    @property
+    def key_bytes(self) -> int:
+        """See TokenIndex.key_bytes; as the walk reads it."""
+        compact = self._compact
+        if compact is None:
+            return stored_key_bytes(self.keys, self.extra)
+        return stored_key_bytes(compact.codes, self.extra) + compact.scales.element_size()
+
+    def scored_bytes(self, found: SearchResult) -> int:
+        """See TokenIndex.scored_bytes; the beam behind a walk by an int8 copy is read from the store."""
+        walked = super().scored_bytes(found)
+        if self._compact is None:
+            return walked
+        beam = min(max(self.options.ef_search, found.ids.shape[2]), self.keys.shape[1])
+        more = stored_key_bytes(self.keys, self.extra) - self.key_bytes
+        return walked + found.keys_scored.numel() * beam * more
 
     @property
     def adjacency(self) -> Tensor:

@@ -24,6 +24,11 @@ def as_key_store(keys: Tensor, extra: Tensor | None = None) -> _native.KeyStore:
     return _view(keys, DTYPES[keys.dtype], extra, None)
 
 
+def stored_key_bytes(keys: Tensor, extra: Tensor | None) -> int:
+    """Of one of keys [R, N, D], with the dimension `extra` if there is one."""
+    return keys.shape[2] * keys.element_size() + (0 if extra is None else extra.element_size())
+
+
 @dataclass(frozen=True)
 class CompactKeys:
     """Keys less their mean, in 8 bits: key i of row r is about scales[r, i] * codes[r, i] + means[r].

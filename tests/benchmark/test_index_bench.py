@@ -202,6 +202,34 @@ def test_a_kill_loses_no_finished_row(tmp_path: Path, monkeypatch: pytest.Monkey
     assert fills == ["full", "full", "flat", "flat", "flat", "flat"]
 
 
+def test_bytes_scored_are_those_of_the_type_that_search_reads(tmp_path: Path) -> None:
+    folder, sweep = write_trace(tmp_path / "a", n=1300, dim=32, group=3), tmp_path / "sweep.json"
+    small = {f"{GRAPH}.top_k": 20, f"{GRAPH}.ef_search": 24}
+    cases: list[tuple[str, dict[str, Any], int]] = [  # bytes of a key
+        (GRAPH, {"index_dtype": "auto"}, 32 * 4),
+        (GRAPH, {"index_dtype": "bfloat16"}, 32 * 2),
+        (GRAPH, {"index_dtype": "bfloat16", "estimation": "softmax_lift"}, 32 * 2 + 4),
+        (GRAPH, {"index_dtype": "int8"}, 32 + 4),
+        ("flat", {}, 32 * 4),
+        ("flat", {"estimation": "softmax_lift"}, 33 * 4),
+        ("hnsw", {}, 32 * 4),
+        ("wave_index", {}, 32 * 4),
+    ]
+    rows = [
+        {"name": str(i), "strategy": strategy, "set": small | {f"{GRAPH}.{key}": value for key, value in own.items()}}
+        for i, (strategy, own, _) in enumerate(cases)
+    ]
+    sweep.write_text(json.dumps(rows))
+    for row, (_, own, key_bytes) in zip(
+        measure(folder, tmp_path / "o.json", "--sweep", str(sweep)), cases, strict=True
+    ):
+        beam = 24 * (32 * 4 - key_bytes) if own.get("index_dtype") == "int8" else 0
+        assert row["keys_scored"] > 24
+        assert row["scoring_bytes"] == pytest.approx(3 * (row["keys_scored"] * key_bytes + beam), rel=1e-5)
+    (half,) = measure(folder, tmp_path / "half.json", "--strategies", "ivf", "--dtype", "bf16")
+    assert half["scoring_bytes"] == pytest.approx(half["keys_scored"] * 3 * 32 * 4, rel=1e-5)
+
+
 def test_metrics_and_layers_are_chosen(tmp_path: Path) -> None:
     folder = write_trace(tmp_path / "a", layers=(0, 1, 2))
     words = ["--strategies", "flat", "--set", f"{GRAPH}.top_k=20", "--layers", "1-2"]

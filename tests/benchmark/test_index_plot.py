@@ -56,7 +56,7 @@ def test_traces_of_a_length_are_averaged() -> None:
     assert "recall" not in short.averages[1].values
     assert [average.series for average in short.averages] == ["flat", "flat", "ivf", f"{GRAPH} + centroid"]
     assert [average.top_k for average in short.averages] == [100, 100, 50, 100]
-    assert short.labels() == ["100", "200", "ivf", "graph"]
+    assert [how.label for how in short.drawn()] == ["100", "200", "ivf", "graph"]
     lines = plot.to_markdown([plot.table(short)]).splitlines()
     assert lines[0].startswith("|  | traces | error: median | mean | p90 | worst head | recall |")
     assert lines[2].startswith("| flat 100 | 2 | 0.200 | 0.200 | 0.200 | 0.500 | 0.700 |")
@@ -71,6 +71,37 @@ def test_a_series_is_named_after_the_estimation_in_force() -> None:
     ]
     (group,) = group_rows(rows)
     assert [average.series for average in group.averages] == ["flat + centroid", "flat", "wave_index"]
+
+
+def test_names_that_differ_in_numbers_alone_are_one_line() -> None:
+    names = [
+        "graph, ef 100",
+        "graph, ef 115.5",
+        "graph, int8, ef 100",
+        "int4 by 16 links, ef 64",
+        "int4 by 16 links, ef 80",
+    ]
+    rows = [row(name, "vt", 0.1, 0.2, strategy=GRAPH) for name in names]
+    rows += [row(f"IVF, {lists} lists of 64", "vt", 0.1, 0.2, strategy="ivf") for lists in (37, 110)]
+    rows += [
+        row(name, "vt", 0.1, 0.2, set={"estimation": 1}, estimation="centroid")
+        for name in ("exact 100", "exact 100, again")
+    ]
+    rows += [row(name, "vt", 0.1, 0.2) for name in ("exact 100", "exact")]
+    (group,) = group_rows(rows)
+    assert [(how.series, how.label) for how in group.drawn()] == [
+        ("graph, ef \N{HORIZONTAL ELLIPSIS}", "100"),
+        ("graph, ef \N{HORIZONTAL ELLIPSIS}", "115.5"),
+        ("graph, int8, ef 100", ""),
+        ("int4 by 16 links, ef \N{HORIZONTAL ELLIPSIS}", "64"),
+        ("int4 by 16 links, ef \N{HORIZONTAL ELLIPSIS}", "80"),
+        ("ivf", "37"),
+        ("ivf", "110"),
+        ("exact 100 (flat + centroid)", ""),
+        ("exact 100, again", ""),
+        ("exact 100 (flat)", ""),
+        ("exact", ""),
+    ]
 
 
 def test_the_table_of_recall(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,10 +140,10 @@ def test_from_traces_to_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == document
     assert "## tiny, 512" in document
     assert "| flat 40 |" in document
-    for image in ("error_tiny_512.png", "recall_tiny_512.png"):
+    for image in ("error_tiny_512.png", "recall_tiny_512.png", "mass_tiny_512.png"):
         assert f"]({image})" in document
         assert (output / image).read_bytes().startswith(b"\x89PNG")
-    assert len(list(output.iterdir())) == 3
+    assert len(list(output.iterdir())) == 4
 
 
 @needs_matplotlib

@@ -1,0 +1,62 @@
+"""Where a cache of retrieved tokens keeps them, and how generated ones come into its index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .index.metric import query_moment
+from .indexed_sequences import LatestQueries
+from .saved_layers import SavedLayers
+from .static_zone import StaticZone
+
+
+class GrowingLayers(SavedLayers):
+    """The part of TokenIndexCache that holds keys, values and static tokens of every layer, and moves generated tokens
+    from the static zone into store, index and tail, a batch of `insert_batch` at a time.
+    """
+
+    min_indexed: int
+    _latest: list[LatestQueries]
+
+    def _allocate(self) -> None:
+        """Stores for prompt and indexed tokens in CPU memory, pinned beside a GPU, zones where the layers compute."""
+        prompt = self.max_length - self.max_new_length
+        batch, new = self.insert_batch, self.max_new_length
+        # A layer whose turn comes last holds nearly two batches.
+        static = min(self.sinks + self.window + self.min_indexed, prompt) + (min(2 * batch, new) if batch else new)
+        length = prompt + (max(new // batch * batch - self.window, 0) if batch else 0)
+        rows = (self.batch_size, self.kv_head)
+        self._keys, self._values, self._zones = [], [], []
+        for device in self.devices:
+            pinned = device.type == "cuda"
+            for stores in (self._keys, self._values):
+                store = torch.empty(*rows, length, self.head_dim, dtype=self.dtype, pin_memory=pinned)
+                stores.append(store)
+            self._zones.append(StaticZone(*rows, static, self.head_dim, self.dtype, device))
+        self._latest = [LatestQueries(batch, layer * batch // self.layer_num) for layer in range(self.layer_num)]
+
+    @property
+    def _inserted(self) -> int:
+        """Generated tokens of a sequence that the furthest layer has in its index."""
+        return max(latest.batches for latest in self._latest) * self.insert_batch
+
+    def decode_update_kv_cache(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
+        self._zones[layer_idx].append(key_states, value_states)
+        self.generated[layer_idx] += 1
+
+    def _grow(self, query_states: Tensor, layer_idx: int) -> None:
+        """Keeps the query [B, 1, H, D]; when the layer's turn comes, the oldest batch goes from the static zone into
+        store, index and tail."""
+        batch, step = self.insert_batch, self.generated[layer_idx]
+        queries = self._latest[layer_idx].put(step, query_states)
+        if queries is None:
+            return
+        for group in self._groups[layer_idx]:
+            keys, values = self._zones[layer_idx].take(group.sequences, self.sinks, batch)
+            to = (group.sequences, slice(None), slice(group.stop, group.stop + batch))
+            self._keys[layer_idx][to], self._values[layer_idx][to] = keys, values
+            group.insert(self._keys[layer_idx], batch, queries, self.prompt_lengths[group.start] + step - batch)
+            if self._tails:
+                moment = query_moment(group.by_row(queries, self.kv_head))
+                self._tails[layer_idx].add(group.sequences, keys, values, moment)
