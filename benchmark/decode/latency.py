@@ -210,11 +210,12 @@ def run(args: argparse.Namespace) -> str:
     plans = {length: plan(args, length) for length in lengths}
     layers = None if args.trace_layers is None else parse_layers(args.trace_layers)
     folders = [open_folder(path, layers) for path in args.traces]
+    if len({folder.digest for folder in folders}) < len(folders):
+        raise ValueError("traces: the same trace is given twice, allowed: once, as a key and its copy score alike")
     extended = ExtendedTraces(folders, shape, args.warmup + args.steps)
     for length in lengths:
         extended.pieces(length)
-    gpu = torch.device(args.device).type == "cuda"
-    if gpu:
+    if torch.device(args.device).type == "cuda":
         torch.cuda.set_device(args.device)
     where = environment()
     names = ("shape", "layers", "prefill_bsz", "steps", "warmup", "recall_steps", "dense", "hidden", "mlp", "vocab")

@@ -1,6 +1,7 @@
 """Plots ms per token against the context: python -m benchmark.decode.latency_plot FILE.json --output PLOT.png
 
-A line for each strategy and batch size of one or more files of benchmark.decode.latency. Exit status 2: bad input.
+A panel for each batch size, a line for each strategy, of one or more files of benchmark.decode.latency. Exit status 2:
+bad input.
 """
 
 from __future__ import annotations
@@ -33,24 +34,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """The plot as PNG, both axes logarithmic; the batch size stands in the names where there are several."""
+    """The plot as PNG, axes logarithmic."""
     from ..report.plots import Point, against_cost  # imports matplotlib
 
-    several = len({row["batch"] for row in rows}) > 1
+    batches = sorted({row["batch"] for row in rows})
     points = [
         Point(
-            (row["context_len"] / 1024,),
+            tuple(row["context_len"] / 1024 if row["batch"] == batch else None for batch in batches),
             row["ms_per_token"],
-            number(row["ms_per_token"], digits=1),
-            f"{row['name']}, batch {row['batch']}" if several else row["name"],
+            number(row["ms_per_token"]),
+            row["name"],
         )
-        for row in sorted(rows, key=lambda row: (row["batch"], row["context_len"]))
+        for row in sorted(rows, key=lambda row: row["context_len"])
     ]
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    order = sorted({point.series for point in points}, key=lambda name: names.index(name.split(", ")[0]))
-    return against_cost(
-        ["context, 1,024 tokens"], "ms per token", points, [True], logarithmic_y=True, coloured=order
-    )  # fmt: skip
+    titles = [f"context, 1,024 tokens, batch {batch}" for batch in batches]
+    series = list(dict.fromkeys(row["name"] for row in rows))
+    return against_cost(titles, "ms per token", points, [True] * len(titles), logarithmic_y=True, coloured=series)
 
 
 def run(args: argparse.Namespace) -> None:
