@@ -1,0 +1,150 @@
+"""Fills a strategy's cache with extended traces, and times and compares its decode steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from cache_hub import CacheStats, KV_Cache, make_cache
+from cache_hub.stats import Agreement
+from config import RetroInferConfig
+
+from .bandwidth import synchronize
+from .dense import DensePieces
+from .extended import ExtendedTraces
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a cache is filled with and where: `layers` of the shape, `batch` prompts of `length` tokens, prefilled
+    `together` at a time."""
+
+    extended: ExtendedTraces
+    layers: Sequence[int]
+    batch: int
+    length: int
+    together: int
+    device: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class StepStates:
+    """A layer's decode steps where it computes: queries [T, B, 1, H, D], keys and values [T, B, 1, Hkv, D]."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Played:
+    """seconds of every step, all layers; stages: of all steps together; counts: every integer of CacheStats."""
+
+    seconds: list[float]
+    stages: dict[str, float]
+    counts: dict[str, int]
+
+
+@torch.inference_mode()
+def fill(
+    strategy: str, settings: RetroInferConfig, prompts: Prompts, room: int
+) -> tuple[KV_Cache, list[StepStates], float]:
+    """A cache with the prompts in it and room for `room` more tokens, the steps behind them, and the seconds that
+    storing and building took."""
+    extended, shape, device = prompts.extended, prompts.extended.shape, prompts.device
+    cache = make_cache(
+        strategy,
+        settings,
+        layer_num=len(prompts.layers),
+        batch_size=prompts.batch,
+        max_length=prompts.length + room,
+        max_new_length=room,
+        num_key_value_heads=shape.kv_heads,
+        num_heads=shape.heads,
+        head_dim=shape.head_dim,
+        dtype=prompts.dtype,
+        layer_mapping={str(at): device for at in range(len(prompts.layers))},
+        prefill_bsz=prompts.together,
+    )
+    seconds, steps = 0.0, []
+    for at, layer in enumerate(prompts.layers):
+        behind: list[list[Tensor]] = [[], [], []]
+        for start in range(0, prompts.batch, prompts.together):
+            sequences = range(start, min(start + prompts.together, prompts.batch))
+            made = [extended.states(layer, sequence, prompts.length, prompts.dtype) for sequence in sequences]
+            q, k, v = (
+                torch.stack([getattr(one, name) for one in made]).to(device) for name in ("queries", "keys", "values")
+            )
+            for name, kept in zip(("step_queries", "step_keys", "step_values"), behind, strict=True):
+                kept += [getattr(one, name).to(device) for one in made]
+            del made
+            synchronize(device)
+            begin = perf_counter()
+            cache.prefill_update_kv_cache(q, k, v, at, start)
+            cache.sync(at, start)
+            synchronize(device)
+            seconds += perf_counter() - begin
+            del q, k, v
+        # B times [T, heads, D] -> [T, B, 1, heads, D]
+        steps.append(StepStates(*(torch.stack(kept, 1)[:, :, None].contiguous() for kept in behind)))
+    begin = perf_counter()
+    cache.prepare_cache()
+    synchronize(device)
+    return cache, steps, seconds + perf_counter() - begin
+
+
+@torch.inference_mode()
+def play(
+    cache: KV_Cache, steps: Sequence[StepStates], which: range, device: str, dense: DensePieces | None = None
+) -> Played:
+    """Decodes some steps, layer after layer, waiting for the device behind each step; with `dense` between the
+    attentions what a model has there, whose states are not what the attention gets: that is the traces'."""
+    before, stages, seconds = _counts(cache.stats), dict(cache.stats.seconds), []
+
+    def attend(layer: int, step: int) -> Tensor:
+        cache.decode_update_kv_cache(steps[layer].keys[step], steps[layer].values[step], layer)
+        return cache.compute(steps[layer].queries[step], layer)
+
+    for step in which:
+        synchronize(device)
+        begin = perf_counter()
+        hidden = dense.hidden.clone() if dense else None
+        for layer in range(len(steps)):
+            if dense is None or hidden is None:
+                attend(layer, step)
+            else:
+                hidden = dense.around(hidden, layer, lambda layer=layer, step=step: attend(layer, step))  # type: ignore[misc]
+        synchronize(device)
+        seconds.append(perf_counter() - begin)
+    spent = {name: now - stages.get(name, 0.0) for name, now in cache.stats.seconds.items()}
+    counts = {name: count - before[name] for name, count in _counts(cache.stats).items()}
+    return Played(seconds, {name: took for name, took in spent.items() if took > 0}, counts)
+
+
+@torch.inference_mode()
+def compare(cache: KV_Cache, steps: Sequence[StepStates], which: range, device: str) -> dict[str, float]:
+    """Steps against the exact scan, untimed: recall, of the mean and of the worst query head, and the attention mass
+    relative to the exact top k's; nothing where the cache retrieves nothing."""
+    stats = cache.stats
+    stats.agreement = Agreement.zeros(cache.layer_num, cache.num_heads)
+    play(cache, steps, which, device)
+    found, stats.agreement = stats.agreement, None
+    if not found.steps.any():
+        return {}
+    recall, mass, exact = (found.mean(table) for table in (found.recall, found.mass, found.exact_mass))
+    of_exact = mass / exact.clamp(min=1e-9)
+    return {
+        "recall": recall.mean().item(),
+        "recall_worst_head": recall.min().item(),
+        "mass_of_exact": of_exact.mean().item(),
+    }
+
+
+def _counts(stats: CacheStats) -> dict[str, int]:
+    values = {field.name: getattr(stats, field.name) for field in fields(stats)}
+    return {name: value for name, value in values.items() if isinstance(value, int)}
