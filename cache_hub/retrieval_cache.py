@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from abc import abstractmethod
 from collections import defaultdict
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from .index._native import trim_memory
 from .index.metric import LATE_QUERIES, query_moment
 from .indexed_sequences import IndexedSequences, LatestQueries
 from .lift import SoftmaxLift
+from .memory import CPU, Need, RunShape
 from .saved_layers import SavedLayers
 from .static_zone import StaticZone, check_static, sinks_and_window
 from .stats import Agreement, CacheStats
@@ -73,7 +75,7 @@ class TokenIndexCache(SavedLayers):
             raise ValueError(f"estimation_budget: got {estimation_budget}, allowed: 0 to 1")
         if insert_batch < 0:
             raise ValueError(f"insert_batch: got {insert_batch}, allowed: >= 0")
-        self.insert_batch = insert_batch if insert_batch <= max_new_length else 0
+        self.insert_batch = _inserted_at_once(insert_batch, max_new_length)
         self.estimation, self.estimation_budget = estimation, estimation_budget
         self.sinks, self.window = static_pattern_start, static_pattern_end
         self.top_k, self.min_indexed, self.warm_start = top_k, min_indexed, warm_start
@@ -102,6 +104,43 @@ class TokenIndexCache(SavedLayers):
             "estimation_budget": settings.attention_aware_graph.estimation_budget,
             "insert_batch": settings.attention_aware_graph.insert_batch,
         }
+
+    @classmethod
+    @abstractmethod
+    def index_of(cls, settings: RetroInferConfig) -> TokenIndex:
+        """An empty index as these settings make it."""
+
+    @classmethod
+    def most_in_full(cls, settings: RetroInferConfig) -> int:
+        """`min_indexed` as these settings make it."""
+        return 0
+
+    @classmethod
+    def layer_needs(cls, settings: RetroInferConfig, shape: RunShape, device: torch.device) -> list[Need]:
+        o, new, min_indexed = cls.options(settings), shape.max_new_length, cls.most_in_full(settings)
+        sinks, window, lifted = o["static_pattern_start"], o["static_pattern_end"], o["estimation"] == "softmax_lift"
+        batch = _inserted_at_once(o["insert_batch"], new)
+        static, grown = _static_and_grown(shape.longest, new, sinks + window + min_indexed, window, batch)
+        needs = [
+            Need(CPU, "keys and values", shape.store_bytes(grown, device, pinned=device.type == "cuda")),
+            Need(device, "static tokens", 2 * shape.batch * static * shape.row_bytes),
+        ]
+        middles = [max(length - sinks - window, 0) for length in shape.lengths]
+        if max(middles) <= min_indexed:
+            return needs
+        index, rows, dim, most = cls.index_of(settings), shape.kv_heads, shape.head_dim, max(middles)
+        kept = sum(
+            index.expected_bytes(rows, n, dim, shape.dtype, lifted) + (4 * rows * n if lifted else 0)
+            for n in middles
+            if n > min_indexed
+        )
+        group, together = shape.heads // shape.kv_heads, rows * shape.prefill_bsz
+        built = index.build_bytes(together, group, shape.longest, most, dim)
+        needs += [Need(CPU, "index", kept), Need(device if index.lists_queries else CPU, "build", built, "build")]
+        if o["estimation"] == "centroid":
+            there, here = CentroidTail.expected_bytes(shape.batch * rows, most, dim, shape.dtype)
+            needs += [Need(device, "clusters", there, "after"), Need(CPU, "clusters", here, "after")]
+        return needs
 
     @classmethod
     def build_key(cls, settings: RetroInferConfig) -> str:
@@ -138,11 +177,10 @@ class TokenIndexCache(SavedLayers):
         )
 
     def _allocate(self) -> None:
-        prompt = self.max_length - self.max_new_length
-        batch, new = self.insert_batch, self.max_new_length
-        # A layer whose turn comes last holds nearly two batches.
-        static = min(self.sinks + self.window + self.min_indexed, prompt) + (min(2 * batch, new) if batch else new)
-        length = prompt + (max(new // batch * batch - self.window, 0) if batch else 0)
+        prompt, new = self.max_length - self.max_new_length, self.max_new_length
+        ends = self.sinks + self.window + self.min_indexed
+        static, grown = _static_and_grown(prompt, new, ends, self.window, self.insert_batch)
+        length = prompt + grown
         rows = (self.batch_size, self.kv_head)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
@@ -330,3 +368,15 @@ class TokenIndexCache(SavedLayers):
         indexes = sum((group.lift or group.index).nbytes for groups in self._groups for group in groups)
         tails = self._tails if self.estimation == "centroid" else []
         return indexes + sum(tail.nbytes for tail in tails)
+
+
+def _inserted_at_once(insert_batch: int, max_new_length: int) -> int:
+    """Generated tokens that leave the static ones at a time; 0 where there never are as many."""
+    return insert_batch if insert_batch <= max_new_length else 0
+
+
+def _static_and_grown(prompt: int, new: int, ends: int, window: int, batch: int) -> tuple[int, int]:
+    """Tokens to make room for in a static zone, of which `ends` are the prompt's, and in a store behind the prompt."""
+    # A layer whose turn comes last holds nearly two batches.
+    static = min(ends, prompt) + (min(2 * batch, new) if batch else new)
+    return static, max(new // batch * batch - window, 0) if batch else 0
