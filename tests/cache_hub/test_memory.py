@@ -1,6 +1,7 @@
 """The estimate of memory: against what filled caches hold, and what is said where it will not do."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -208,3 +209,32 @@ def test_memory_of_the_machine(tmp_path: Path) -> None:
     write(tmp_path, meminfo="MemTotal: 9 kB\nMemAvailable:    7 kB\n")
     assert memory._mem_available(tmp_path / "meminfo") == 7 * 1024
     assert memory._mem_available(tmp_path / "none") == float("inf")
+
+
+def test_memory_that_torch_holds_without_use_is_available(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 999))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
+    assert memory.available_bytes(CUDA) == 120
+    stats = {"allocated_bytes.current": 1 << 60, "active_bytes.current": 1 << 59}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: stats, raising=False)
+    assert memory.available_bytes(CPU) > 1 << 59
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["full", "flat+none", "wave_index"])
+def test_agrees_with_what_a_gpu_and_pinned_memory_hold(name: str) -> None:
+    """Of 2,024 tokens: pinned stores are rounded up. On the GPU no less is held than was counted."""
+    run = Run([2024], device="cuda:0")
+    strategy, settings = with_estimation(name, RetroInferConfig())
+    layers = STRATEGIES[strategy].layer_needs(settings, replace(shape_of(run), devices=(CUDA,) * LAYERS), CUDA)
+    pinned = sum(need.nbytes for need in layers if need.device == CPU and need.what == "keys and values") * LAYERS
+    there = sum(need.nbytes for need in layers if need.device == CUDA and need.when != "build") * LAYERS
+    on_host = torch.cuda.host_memory_stats()["active_bytes.current"]
+    on_gpu = torch.cuda.memory_allocated()
+    cache = make_cache(strategy, settings, **run.common())
+    assert torch.cuda.host_memory_stats()["active_bytes.current"] - on_host == pinned
+    run.prefill(cache)
+    assert torch.cuda.memory_allocated() - on_gpu >= 0.99 * there
