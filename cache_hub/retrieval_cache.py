@@ -136,7 +136,10 @@ class TokenIndexCache(SavedLayers):
         )
         group, together = shape.heads // shape.kv_heads, rows * shape.prefill_bsz
         built = index.build_bytes(together, group, shape.longest, most, dim)
-        needs += [Need(CPU, "index", kept), Need(device if index.lists_queries else CPU, "build", built, "build")]
+        needs += [
+            Need(CPU, "index", kept),
+            Need(device if index.lists_queries else CPU, "a layer's build", built, "build"),
+        ]
         if o["estimation"] == "centroid":
             there, here = CentroidTail.expected_bytes(shape.batch * rows, most, dim, shape.dtype)
             needs += [Need(device, "clusters", there, "after"), Need(CPU, "clusters", here, "after")]

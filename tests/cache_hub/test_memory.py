@@ -106,7 +106,7 @@ def test_estimate_of_a_cluster_cache() -> None:
 
 def test_a_prompt_too_short_to_index_needs_no_index() -> None:
     for strategy in ("flat", "attention_aware_graph", "wave_index"):
-        assert not needs(strategy, llama(60))[CPU].keys() & {"index", "clusters", "build"}
+        assert not needs(strategy, llama(60))[CPU].keys() & {"index", "clusters", "a layer's build"}
 
 
 def test_known_sizes_of_an_8b_model() -> None:
@@ -143,7 +143,7 @@ def test_caches_of_one_prefill_add_up_but_their_temporaries() -> None:
     strategy, settings = with_estimation("attention_aware_graph+none", RetroInferConfig())
     one, two = (required_bytes([(STRATEGIES[strategy], settings)] * times, llama(1 << 15))[CPU] for times in (1, 2))
     for what, nbytes in one.items():
-        assert two[what] == nbytes * (1 if what in ("build", "the prompt's states in a layer") else 2)
+        assert two[what] == nbytes * (1 if what in ("a layer's build", "the prompt's states in a layer") else 2)
 
 
 @pytest.mark.parametrize("lengths", [(1 << 19,), (1 << 19, 1 << 19), (1 << 19, 50)])
