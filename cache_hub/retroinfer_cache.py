@@ -117,7 +117,7 @@ class WaveIndexCache(KV_Cache):
             zone,
             Need(place, "keys and values", shape.store_bytes(members, place, pinned)),
             Need(device, "index", rows * (counts.centroids + spare) * (2 * dim * shape.dtype.itemsize + 8)),
-            Need(device, "build", together * built, "build"),
+            Need(device, "a layer's build", together * built, "build"),
         ]
         if pinned:
             pages = _cache_pages(counts.centroids, counts.retrieved, o["cache_ratio"], o["pages_per_cluster"])
