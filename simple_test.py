@@ -99,11 +99,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"data_path: got prompts of {lengths} tokens, allowed: at least one prompt, none empty")
     longest = max(lengths)
     attn_config = config_from_args(args, args.model_name, longest)
-    strategy = resolve_strategy(args.attn_type, RetroInferConfig(**attn_config["RetroInfer"]))
+    settings = RetroInferConfig(**attn_config["RetroInfer"])
+    strategy = resolve_strategy(args.attn_type, settings)
     llm = load_model(args.model_name, longest + args.gen_len, args.dtype, args.device, tokenizer, lora=args.lora)
 
+    names = list(dict.fromkeys(("full", strategy)))
+    for name in names:
+        llm.check_memory([(name, settings)], lengths, args.gen_len, args.prefill_bsz)
     results = {}
-    for name in dict.fromkeys(("full", strategy)):
+    for name in names:
         torch.manual_seed(SEED)
         print(f"{name}: {len(prompts)} x {longest} tokens", file=sys.stderr)
         results[name] = measure(
@@ -120,9 +124,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             prefill_bsz=args.prefill_bsz,
             diagnose=args.diagnose,
         )
-    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    flags = {key: value for key, value in vars(args).items() if key != "output"}
     return {
-        "config": {**settings, "expected": expected, **attn_config},
+        "config": {**flags, "expected": expected, **attn_config},
         "environment": environment(),
         "results": results,
     }

@@ -52,10 +52,8 @@ class PrefilledCaches:
         graph = settings.attention_aware_graph.model_copy(update={"insert_batch": 0})
         self._builds = shared_builds(names, settings.model_copy(update={"attention_aware_graph": graph}))
         batch, length = ids.shape
-        self._caches = [
-            llm.init_cache(build[0].strategy, build[0].settings, [length] * batch, max_new_length, batch, diagnose)
-            for build in self._builds
-        ]
+        first = [(build[0].strategy, build[0].settings) for build in self._builds]
+        self._caches = llm.init_caches(first, [length] * batch, max_new_length, batch, diagnose)
         self.logits = llm.prefill(ids.to(llm.device), None, self._caches, batch)
         self.build_seconds = sum(cache.stats.seconds["build"] for cache in self._caches)
 

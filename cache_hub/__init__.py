@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .cache import KV_Cache
@@ -9,6 +10,7 @@ from .faiss_cache import HNSWCache, IVFCache
 from .flat_cache import FlatCache
 from .full_cache import FullCache
 from .graph_cache import AttentionAwareGraphCache
+from .memory import RunShape, check_memory
 from .retroinfer_cache import WaveIndexCache
 from .stats import CacheStats
 
@@ -30,10 +32,20 @@ def make_cache(strategy: str, settings: RetroInferConfig, **common: Any) -> KV_C
 
     Raises ValueError for an unknown strategy, naming the known ones.
     """
+    cache = _class_of(strategy)
+    return cache(**cache.options(settings), **common)
+
+
+def check_fits(builds: Sequence[tuple[str, RetroInferConfig]], shape: RunShape) -> None:
+    """Raises ValueError where the caches of these strategies and settings will not fit the memory that is available;
+    see memory.check_memory. Also for an unknown strategy."""
+    check_memory(" and ".join(dict(builds)), [(_class_of(strategy), settings) for strategy, settings in builds], shape)
+
+
+def _class_of(strategy: str) -> type[KV_Cache]:
     if strategy not in STRATEGIES:
         raise ValueError(f"retrieval_strategy: got {strategy!r}, allowed: {', '.join(STRATEGIES)}")
-    cache = STRATEGIES[strategy]
-    return cache(**cache.options(settings), **common)
+    return STRATEGIES[strategy]
 
 
 __all__ = [
@@ -45,6 +57,8 @@ __all__ = [
     "HNSWCache",
     "IVFCache",
     "KV_Cache",
+    "RunShape",
     "WaveIndexCache",
+    "check_fits",
     "make_cache",
 ]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from config import RetroInferConfig
 
     from .index import TokenIndex
+    from .memory import Need, RunShape
 
 
 class KV_Cache(ABC):
@@ -76,6 +77,11 @@ class KV_Cache(ABC):
     def options(cls, settings: RetroInferConfig) -> dict[str, Any]:
         """The constructor keywords beyond the common ones that this strategy takes from the configuration."""
         return {}
+
+    @classmethod
+    @abstractmethod
+    def layer_needs(cls, settings: RetroInferConfig, shape: RunShape, device: torch.device) -> list[Need]:
+        """The bytes that one layer will need on `device`, where it computes, and in CPU memory; see memory.py."""
 
     def prefill_update_kv_cache(
         self, query_states: Tensor, key_states: Tensor, value_states: Tensor, layer_idx: int, start_bdx: int

@@ -35,6 +35,12 @@ class ClusterCache:
         self._missing: tuple[Tensor, Tensor] | None = None
         self.refresh()
 
+    @staticmethod
+    def expected_bytes(rows: int, members: int, clusters: int, pages: int, row_bytes: int) -> int:
+        """For `members` in so many clusters in each of B * Hkv rows; row_bytes: of a member's key, or value."""
+        tables = members // PAGE + clusters + 1 + 2 * (pages + 1) + clusters
+        return rows * (2 * pages * PAGE * row_bytes + 8 * tables + 4 * clusters)
+
     def refresh(self) -> None:
         """Takes notice of clusters added to the index; those that it had before keep their pages."""
         self._page_counts = (self.index.sizes + PAGE - 1) // PAGE

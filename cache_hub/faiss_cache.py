@@ -35,6 +35,10 @@ class _FaissCache(TokenIndexCache):
         own = getattr(settings, cls.strategy).model_dump(exclude=set(INDEXES[cls.strategy].search_options))
         return super().built_settings(settings) | own
 
+    @classmethod
+    def index_of(cls, settings: RetroInferConfig) -> TokenIndex:
+        return make_index(cls.strategy, **getattr(settings, cls.strategy).model_dump())
+
     def new_index(self) -> TokenIndex:
         return make_index(self.strategy, num_threads=self.num_threads, **self.knobs)
 

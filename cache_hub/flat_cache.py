@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .index import TokenIndex, make_index
 from .retrieval_cache import TokenIndexCache
+
+if TYPE_CHECKING:
+    from config import RetroInferConfig
 
 
 class FlatCache(TokenIndexCache):
     """Retrieves the exact top_k tokens per query head by scanning all keys at every step."""
+
+    @classmethod
+    def index_of(cls, settings: RetroInferConfig) -> TokenIndex:
+        return make_index("flat")
 
     def new_index(self) -> TokenIndex:
         return make_index("flat", num_threads=self.num_threads)

@@ -12,6 +12,7 @@ from attn_hub import WeightedPart, weighted_decode_attention
 
 from .cache import KV_Cache
 from .index.tensor_file import take
+from .memory import Need, RunShape
 from .stats import CacheStats
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ class FullCache(KV_Cache):
         self._lengths = [
             torch.zeros(self.batch_size, self.kv_head, dtype=torch.int32, device=device) for device in self.devices
         ]
+
+    @classmethod
+    def layer_needs(cls, settings: RetroInferConfig, shape: RunShape, device: torch.device) -> list[Need]:
+        return [Need(device, "keys and values", shape.store_bytes(shape.max_new_length, device))]
 
     def store_prompt(self, q: Tensor, k: Tensor, v: Tensor, layer_idx: int, start_bdx: int) -> None:
         rows, length = slice(start_bdx, start_bdx + len(k)), k.shape[1]

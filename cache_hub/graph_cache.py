@@ -39,6 +39,14 @@ class AttentionAwareGraphCache(TokenIndexCache):
         return {**super().options(settings), **settings.attention_aware_graph.model_dump()}
 
     @classmethod
+    def index_of(cls, settings: RetroInferConfig) -> TokenIndex:
+        return make_index("attention_aware_graph", **settings.attention_aware_graph.model_dump())
+
+    @classmethod
+    def most_in_full(cls, settings: RetroInferConfig) -> int:
+        return settings.attention_aware_graph.key_degree
+
+    @classmethod
     def built_settings(cls, settings: RetroInferConfig) -> dict[str, Any]:
         graph = settings.attention_aware_graph.model_dump(exclude=set(AttentionAwareGraphIndex.search_options))
         return super().built_settings(settings) | graph

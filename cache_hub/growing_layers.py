@@ -21,17 +21,15 @@ class GrowingLayers(SavedLayers):
 
     def _allocate(self) -> None:
         """Stores for prompt and indexed tokens in CPU memory, pinned beside a GPU, zones where the layers compute."""
-        prompt = self.max_length - self.max_new_length
-        batch, new = self.insert_batch, self.max_new_length
-        # A layer whose turn comes last holds nearly two batches.
-        static = min(self.sinks + self.window + self.min_indexed, prompt) + (min(2 * batch, new) if batch else new)
-        length = prompt + (max(new // batch * batch - self.window, 0) if batch else 0)
+        prompt, batch = self.max_length - self.max_new_length, self.insert_batch
+        ends = self.sinks + self.window + self.min_indexed
+        static, grown = static_and_grown(prompt, self.max_new_length, ends, self.window, batch)
         rows = (self.batch_size, self.kv_head)
         self._keys, self._values, self._zones = [], [], []
         for device in self.devices:
             pinned = device.type == "cuda"
             for stores in (self._keys, self._values):
-                store = torch.empty(*rows, length, self.head_dim, dtype=self.dtype, pin_memory=pinned)
+                store = torch.empty(*rows, prompt + grown, self.head_dim, dtype=self.dtype, pin_memory=pinned)
                 stores.append(store)
             self._zones.append(StaticZone(*rows, static, self.head_dim, self.dtype, device))
         self._latest = [LatestQueries(batch, layer * batch // self.layer_num) for layer in range(self.layer_num)]
@@ -60,3 +58,15 @@ class GrowingLayers(SavedLayers):
             if self._tails:
                 moment = query_moment(group.by_row(queries, self.kv_head))
                 self._tails[layer_idx].add(group.sequences, keys, values, moment)
+
+
+def inserted_at_once(insert_batch: int, max_new_length: int) -> int:
+    """Generated tokens that leave the static ones at a time; 0 where there never are as many."""
+    return insert_batch if insert_batch <= max_new_length else 0
+
+
+def static_and_grown(prompt: int, new: int, ends: int, window: int, batch: int) -> tuple[int, int]:
+    """Tokens to make room for in a static zone, of which `ends` are the prompt's, and in a store behind the prompt."""
+    # A layer whose turn comes last holds nearly two batches.
+    static = min(ends, prompt) + (min(2 * batch, new) if batch else new)
+    return static, max(new // batch * batch - window, 0) if batch else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from abc import abstractmethod
 from collections import defaultdict
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,13 @@ from attn_hub import WeightedPart, weighted_decode_attention
 from config import ESTIMATIONS
 
 from .diagnosis import agreement_with_exact
-from .growing_layers import GrowingLayers
+from .growing_layers import GrowingLayers, inserted_at_once, static_and_grown
 from .index import SearchResult, TokenIndex
 from .index._native import trim_memory
 from .index.metric import LATE_QUERIES, query_moment
 from .indexed_sequences import IndexedSequences
 from .lift import SoftmaxLift
+from .memory import CPU, Need, RunShape
 from .static_zone import check_static, sinks_and_window
 from .stats import Agreement, CacheStats
 from .tail import CentroidTail
@@ -73,7 +75,7 @@ class TokenIndexCache(GrowingLayers):
             raise ValueError(f"estimation_budget: got {estimation_budget}, allowed: 0 to 1")
         if insert_batch < 0:
             raise ValueError(f"insert_batch: got {insert_batch}, allowed: >= 0")
-        self.insert_batch = insert_batch if insert_batch <= max_new_length else 0
+        self.insert_batch = inserted_at_once(insert_batch, max_new_length)
         self.estimation, self.estimation_budget = estimation, estimation_budget
         self.sinks, self.window = static_pattern_start, static_pattern_end
         self.top_k, self.min_indexed, self.warm_start = top_k, min_indexed, warm_start
@@ -98,6 +100,46 @@ class TokenIndexCache(GrowingLayers):
             "estimation_budget": settings.attention_aware_graph.estimation_budget,
             "insert_batch": settings.attention_aware_graph.insert_batch,
         }
+
+    @classmethod
+    @abstractmethod
+    def index_of(cls, settings: RetroInferConfig) -> TokenIndex:
+        """An empty index as these settings make it."""
+
+    @classmethod
+    def most_in_full(cls, settings: RetroInferConfig) -> int:
+        """`min_indexed` as these settings make it."""
+        return 0
+
+    @classmethod
+    def layer_needs(cls, settings: RetroInferConfig, shape: RunShape, device: torch.device) -> list[Need]:
+        o, new, min_indexed = cls.options(settings), shape.max_new_length, cls.most_in_full(settings)
+        sinks, window, lifted = o["static_pattern_start"], o["static_pattern_end"], o["estimation"] == "softmax_lift"
+        batch = inserted_at_once(o["insert_batch"], new)
+        static, grown = static_and_grown(shape.longest, new, sinks + window + min_indexed, window, batch)
+        needs = [
+            Need(CPU, "keys and values", shape.store_bytes(grown, device, pinned=device.type == "cuda")),
+            Need(device, "static tokens", 2 * shape.batch * static * shape.row_bytes),
+        ]
+        middles = [max(length - sinks - window, 0) for length in shape.lengths]
+        if max(middles) <= min_indexed:
+            return needs
+        index, rows, dim, most = cls.index_of(settings), shape.kv_heads, shape.head_dim, max(middles)
+        kept = sum(
+            index.expected_bytes(rows, n, dim, shape.dtype, lifted) + (4 * rows * n if lifted else 0)
+            for n in middles
+            if n > min_indexed
+        )
+        group, together = shape.heads // shape.kv_heads, rows * shape.prefill_bsz
+        built = index.build_bytes(together, group, shape.longest, most, dim)
+        needs += [
+            Need(CPU, "index", kept),
+            Need(device if index.lists_queries else CPU, "a layer's build", built, "build"),
+        ]
+        if o["estimation"] == "centroid":
+            there, here = CentroidTail.expected_bytes(shape.batch * rows, most, dim, shape.dtype)
+            needs += [Need(device, "clusters", there, "after"), Need(CPU, "clusters", here, "after")]
+        return needs
 
     @classmethod
     def build_key(cls, settings: RetroInferConfig) -> str:

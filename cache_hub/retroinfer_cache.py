@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from attn_hub import WeightedPart, weighted_decode_attention
@@ -12,6 +13,7 @@ from .cache import KV_Cache
 from .cluster_cache import ClusterCache
 from .clusters import ClusterCounts, cluster_keys
 from .diagnosis import agreement_with_exact
+from .memory import CPU, Need, RunShape
 from .static_zone import StaticZone, check_static, sinks_and_window
 from .stats import Agreement
 from .wave_index import Selection, WaveIndex
@@ -93,6 +95,36 @@ class WaveIndexCache(KV_Cache):
             "top_k": settings.attention_aware_graph.top_k,
         }
 
+    @classmethod
+    def layer_needs(cls, settings: RetroInferConfig, shape: RunShape, device: torch.device) -> list[Need]:
+        o, longest, dim = cls.options(settings), shape.longest, shape.head_dim
+        ends, updates = o["static_pattern_start"] + o["static_pattern_end"], shape.max_new_length // cls.update_tokens
+        steady, rows = ends + cls.update_tokens, shape.batch * shape.kv_heads
+        static = min(steady, longest + shape.max_new_length)
+        zone = Need(device, "static tokens", 2 * shape.batch * static * shape.row_bytes)
+        if longest < steady:
+            return [zone]
+        budgets = o["retrieval_budget"], o["estimation_budget"]
+        counts = ClusterCounts.for_length(longest, *budgets)
+        spare = updates * ClusterCounts.for_length(cls.update_tokens, *budgets).centroids
+        place = device if o["gpu_only"] else CPU
+        pinned = device.type == "cuda" and not o["gpu_only"]
+        members = updates * cls.update_tokens - ends
+        # While a layer is laid out: its clusters in float32, the order of its members, and a copy in this order.
+        together = shape.prefill_bsz * shape.kv_heads
+        built = counts.centroids * 8 * dim + (longest - ends) * (4 + 8 + dim * shape.dtype.itemsize)
+        needs = [
+            zone,
+            Need(place, "keys and values", shape.store_bytes(members, place, pinned)),
+            Need(device, "index", rows * (counts.centroids + spare) * (2 * dim * shape.dtype.itemsize + 8)),
+            Need(device, "a layer's build", together * built, "build"),
+        ]
+        if pinned:
+            pages = _cache_pages(counts.centroids, counts.retrieved, o["cache_ratio"], o["pages_per_cluster"])
+            sizes = longest + members, counts.centroids + spare, pages, dim * shape.dtype.itemsize
+            needs.append(Need(device, "cluster cache", ClusterCache.expected_bytes(rows, *sizes), "after"))
+        return needs
+
     def counts_for(self, length: int) -> ClusterCounts:
         """Clusters of a prompt of `length` tokens, or of `length` generated ones."""
         return ClusterCounts.for_length(length, self.retrieval_budget, self.estimation_budget)
@@ -138,11 +170,8 @@ class WaveIndexCache(KV_Cache):
 
     def cache_pages(self, index: WaveIndex) -> int:
         """Pages of a kv head in a layer's cluster cache."""
-        if self.cache_ratio:
-            clusters = self.cache_ratio * max(counts.centroids for counts in index.counts)
-        else:
-            clusters = 3 * max(counts.retrieved for counts in index.counts)
-        return max(round(clusters * self.pages_per_cluster), 1)
+        centroids, retrieved = (max(getattr(c, name) for c in index.counts) for name in ("centroids", "retrieved"))
+        return _cache_pages(centroids, retrieved, self.cache_ratio, self.pages_per_cluster)
 
     def decode_update_kv_cache(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
         zone = self._zones[layer_idx]
@@ -229,3 +258,9 @@ class WaveIndexCache(KV_Cache):
     def index_bytes(self) -> int:
         caches = sum(cache.nbytes for cache in self._caches if cache is not None)
         return sum(index.nbytes for index in self._indexes) + caches
+
+
+def _cache_pages(centroids: int, retrieved: int, cache_ratio: float, pages_per_cluster: int) -> int:
+    """Pages of a kv head in a cluster cache, beside so many clusters, of which so many are retrieved."""
+    clusters = cache_ratio * centroids if cache_ratio else 3 * retrieved
+    return max(round(clusters * pages_per_cluster), 1)

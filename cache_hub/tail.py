@@ -61,8 +61,7 @@ class CentroidTail:
         query_moment [b * Hkv, D, D]: the mean of q q^T over queries like those to come; see cluster_keys.
         """
         batch, heads, tokens, _ = keys.shape
-        device, segments = self.centroids.device, max(round(tokens / _TOKENS_PER_SEGMENT), 1)
-        number = max(tokens // (TOKENS_PER_CLUSTER * segments), 1) * segments
+        device, (segments, number) = self.centroids.device, _counts(tokens)
         there = keys.flatten(0, 1).to(device), values.flatten(0, 1).to(device)
         made = cluster_keys(*there, segments, number, _ITERATIONS, query_moment.to(device))
         at, first = self.clusters[sequences][0], self._tokens[sequences][0]
@@ -194,7 +193,19 @@ class CentroidTail:
                 more = table.new_zeros(*table.shape[:2], wanted - table.shape[2], *table.shape[3:])
                 setattr(self, name, torch.cat((table, more), 2))
 
+    @staticmethod
+    def expected_bytes(rows: int, tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+        """What `add` makes of so many tokens in each of B * Hkv rows: bytes on the device, and in CPU memory."""
+        clusters = rows * (_counts(tokens)[1] + 1)
+        return clusters * (2 * head_dim * dtype.itemsize + 4), 4 * (clusters + rows * tokens)
+
     @property
     def nbytes(self) -> int:
         tables = (self.centroids, self.value_means, self.log_sizes, self.sizes, self.assignment)
         return sum(table.nbytes for table in tables)
+
+
+def _counts(tokens: int) -> tuple[int, int]:
+    """Segments, and clusters in all of them, of so many tokens."""
+    segments = max(round(tokens / _TOKENS_PER_SEGMENT), 1)
+    return segments, max(tokens // (TOKENS_PER_CLUSTER * segments), 1) * segments

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attn_hub import full_prefill_attn
-from cache_hub import KV_Cache, make_cache
+from cache_hub import KV_Cache, RunShape, check_fits, make_cache
 from config import RetroInferConfig, resolve_strategy
 from model_hub.inputs import check_room, valid_lengths
 from model_hub.layers import DecoderLayer
@@ -140,25 +140,57 @@ class LLM:
         max_new_length: int,
         prefill_bsz: int = 1,
         diagnose: bool = False,
+        from_files: bool = False,
     ) -> KV_Cache:
-        """An empty cache of `strategy` for prompts of these lengths. ValueError when they do not fit `max_length`."""
+        """An empty cache of `strategy` for prompts of these lengths; see `init_caches`."""
+        return self.init_caches([(strategy, settings)], lengths, max_new_length, prefill_bsz, diagnose, from_files)[0]
+
+    def init_caches(
+        self,
+        builds: Sequence[tuple[str, RetroInferConfig]],
+        lengths: list[int],
+        max_new_length: int,
+        prefill_bsz: int = 1,
+        diagnose: bool = False,
+        from_files: bool = False,
+    ) -> list[KV_Cache]:
+        """Empty caches of strategies and their settings, which one `prefill` of prompts of these lengths will fill.
+
+        Raises ValueError where `check_memory` does; from_files: only when the prompts do not fit `max_length`, since a
+        saved prefix is not built, and its files need not be in memory.
+        """
         check_room(lengths, max_new_length, self.max_length, self.spec.window)
-        return make_cache(
-            strategy,
-            settings,
-            valid_start=None,
-            layer_num=self.spec.layer_num,
-            batch_size=len(lengths),
-            max_length=max(lengths) + max_new_length,
-            num_key_value_heads=self.spec.num_key_value_heads,
-            num_heads=self.spec.num_heads,
-            head_dim=self.spec.head_dim,
-            dtype=self.dtype,
-            layer_mapping=self.layer_mapping,
-            prefill_bsz=_group_size(lengths, prefill_bsz),
-            max_new_length=max_new_length,
-            diagnose=diagnose,
-        )
+        if not from_files:
+            self.check_memory(builds, lengths, max_new_length, prefill_bsz)
+        common: dict[str, Any] = {
+            "valid_start": None,
+            "layer_num": self.spec.layer_num,
+            "batch_size": len(lengths),
+            "max_length": max(lengths) + max_new_length,
+            "num_key_value_heads": self.spec.num_key_value_heads,
+            "num_heads": self.spec.num_heads,
+            "head_dim": self.spec.head_dim,
+            "dtype": self.dtype,
+            "layer_mapping": self.layer_mapping,
+            "prefill_bsz": _group_size(lengths, prefill_bsz),
+            "max_new_length": max_new_length,
+            "diagnose": diagnose,
+        }
+        return [make_cache(strategy, settings, **common) for strategy, settings in builds]
+
+    def check_memory(
+        self,
+        builds: Sequence[tuple[str, RetroInferConfig]],
+        lengths: list[int],
+        max_new_length: int,
+        prefill_bsz: int = 1,
+    ) -> None:
+        """Raises ValueError when such prompts do not fit `max_length`, and when caches of these strategies and settings
+        will not fit, together, the memory that is available now; see `check_fits`."""
+        check_room(lengths, max_new_length, self.max_length, self.spec.window)
+        sizes = (self.spec.num_heads, self.spec.num_key_value_heads, self.spec.head_dim, self.spec.hidden_size)
+        devices, group = tuple(layer.device for layer in self.layers), _group_size(lengths, prefill_bsz)
+        check_fits(builds, RunShape(tuple(lengths), max_new_length, *sizes, self.dtype, devices, group))
 
     @torch.inference_mode()
     def prefill(

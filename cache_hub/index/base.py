@@ -31,6 +31,7 @@ class TokenIndex(ABC):
 
     strategy: ClassVar[str]  # its name in INDEXES
     search_options: ClassVar[frozenset[str]] = frozenset()  # those that a built index may change
+    lists_queries: ClassVar[bool] = False  # whether a build makes lists for the queries, on their device
     build_seconds: dict[str, float]  # seconds of the last build by stage
 
     @abstractmethod
@@ -44,6 +45,14 @@ class TokenIndex(ABC):
         dimension of the keys, in which every query, of the build and of each search, has a 1. Raises ValueError for
         shapes that do not fit.
         """
+
+    @abstractmethod
+    def expected_bytes(self, rows: int, keys: int, dim: int, dtype: torch.dtype, lifted: bool = False) -> int:
+        """About what `nbytes` will be after a build with [rows, keys, dim] keys of this type; lifted: with extra."""
+
+    def build_bytes(self, rows: int, group: int, queries: int, keys: int, dim: int) -> int:
+        """Temporaries that a build with [rows, group, queries, dim] queries holds at its peak, at least."""
+        return 0
 
     @abstractmethod
     def insert(

@@ -100,6 +100,10 @@ class FaissIndex(TokenIndex):
         scores[ids < 0] = -np.inf
         return SearchResult(torch.from_numpy(ids), torch.from_numpy(scores), torch.from_numpy(keys_scored))
 
+    def build_bytes(self, rows: int, group: int, queries: int, keys: int, dim: int) -> int:
+        """See TokenIndex.build_bytes; the keys of one row in float32."""
+        return 4 * keys * dim
+
     @property
     def key_bytes(self) -> int:
         return 4 * (self._keys.shape[2] + (self._extra is not None))

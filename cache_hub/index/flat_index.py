@@ -58,6 +58,10 @@ class FlatIndex(TokenIndex):
         _native.scan(self._store, asked.data_ptr(), group, k, self.num_threads, ids.data_ptr(), scores.data_ptr())
         return SearchResult(ids, scores, torch.full((rows, group), n, dtype=torch.int64))
 
+    def expected_bytes(self, rows: int, keys: int, dim: int, dtype: torch.dtype, lifted: bool = False) -> int:
+        """See TokenIndex.expected_bytes."""
+        return 0
+
     @property
     def key_bytes(self) -> int:
         return stored_key_bytes(self.keys, self.extra)

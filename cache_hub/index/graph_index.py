@@ -35,6 +35,7 @@ class AttentionAwareGraphIndex(TokenIndex):
     """
 
     strategy = "attention_aware_graph"
+    lists_queries = True
     # Those of the build that no longer matter once the links are there, and those of the cache, are among them.
     search_options = frozenset(
         {
@@ -309,6 +310,25 @@ class AttentionAwareGraphIndex(TokenIndex):
 
     def all_options(self) -> dict[str, Any]:
         return self.options.model_dump()
+
+    def expected_bytes(self, rows: int, keys: int, dim: int, dtype: torch.dtype, lifted: bool = False) -> int:
+        """See TokenIndex.expected_bytes; links, entries, the copy that search reads, the key links' metric."""
+        o, wide = self.options, dim + lifted
+        row = PackedLinks.expected_bytes(keys, o.key_degree) + 4 * o.num_entries
+        if o.index_dtype == "int8":
+            row += keys * (dim + 4) + 4 * dim
+        elif o.index_dtype != "auto" and getattr(torch, o.index_dtype) != dtype:
+            row += keys * dim * getattr(torch, o.index_dtype).itemsize
+        if o.key_links:
+            row += 4 * wide * (1 if o.key_metric == "cosine" else 1 + wide)
+        return rows * row
+
+    def build_bytes(self, rows: int, group: int, queries: int, keys: int, dim: int) -> int:
+        """See TokenIndex.build_bytes; the neighbour lists of queries and keys, and the links before they are packed."""
+        o = self.options
+        places = min(o.key_degree, keys - 1) if o.key_links else 0
+        places += PackedLinks.capacity(keys, o.key_degree)
+        return 4 * rows * (group * queries * o.q_knn + keys * places)
 
     @property
     def nbytes(self) -> int:

@@ -113,6 +113,11 @@ class HNSWIndex(FaissIndex):
                 keys_scored[head] = stats.ndis + 1
         return scores, ids, keys_scored
 
+    def expected_bytes(self, rows: int, keys: int, dim: int, dtype: torch.dtype, lifted: bool = False) -> int:
+        """See TokenIndex.expected_bytes; a key is on 1 / (m - 1) upper levels on average."""
+        places = self.options.m * (2 + 1 / (self.options.m - 1))
+        return int(rows * keys * 4 * (dim + lifted + places + 3))
+
     def row_bytes(self, row: Any) -> int:
         """The float32 copy of the keys, all places for links (4 bytes each) on all levels, and each key's level (4
         bytes) and first place (8)."""

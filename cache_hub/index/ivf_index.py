@@ -114,6 +114,11 @@ class IVFIndex(FaissIndex):
         scores, ids = row.index.search_preassigned(queries, k, probed, near)
         return scores, ids, len(row.sizes) + row.sizes[probed].sum(1)
 
+    def expected_bytes(self, rows: int, keys: int, dim: int, dtype: torch.dtype, lifted: bool = False) -> int:
+        """See TokenIndex.expected_bytes; the same however keys are spread over lists."""
+        lists = self.options.n_list or self._lists_for(keys)
+        return rows * 4 * (keys * (dim + lifted + 2) + lists * (dim + lifted))
+
     def row_bytes(self, row: _Lists) -> int:
         """The float32 copy of the keys, 8 bytes of id for each, and the float32 centroids; without spare capacity."""
         n, dim = row.index.ntotal, row.index.d

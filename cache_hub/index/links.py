@@ -34,6 +34,11 @@ class PackedLinks:
         segments = _segments(keys, slots)
         return slots - (segments + 1) // 2 if segments > 1 else slots
 
+    @staticmethod
+    def expected_bytes(keys: int, slots: int) -> int:
+        """Of the links of one row."""
+        return keys * slots * (2 if _segments(keys, slots) else 4)
+
     @classmethod
     def pack(cls, links: Tensor, slots: int, num_threads: int = 1) -> PackedLinks:
         """From links [R, N, capacity] int32 on the CPU, contiguous, -1 pads at the end; kept as they are where nothing

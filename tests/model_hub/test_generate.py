@@ -5,9 +5,9 @@ import torch
 from comparison import greedy_tokens, left_padded, relative_error
 from transformers import AutoModelForCausalLM
 
-from cache_hub import WaveIndexCache
+from cache_hub import WaveIndexCache, memory
 from config import RetroInferConfig, generate_config
-from model_hub import load_model, load_tokenizer
+from model_hub import Prefix, load_model, load_tokenizer
 
 FULL = generate_config("SmolLM2-135M-Instruct", 100, "Full_Flash_Attn")
 
@@ -180,3 +180,17 @@ def test_bad_input_is_refused(change, message, tiny):
     with pytest.raises(ValueError, match=message):
         tiny.generate(**(arguments | change))
     assert tiny.cache is None
+
+
+def test_too_little_memory_is_said_before_the_prompt_is_read(tiny, monkeypatch):
+    settings = RetroInferConfig()
+    ids, _ = left_padded([60, 60], tiny.spec.vocab_size)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(tiny, "_prefill_batch", lambda *a: pytest.fail("the prompt was read"))
+    with pytest.raises(ValueError, match=r"^full with a prompt of 60 tokens and 5 new ones, x 2: needs .* no prompt"):
+        generate(tiny, ids, None, 5)
+    with pytest.raises(ValueError, match=r"^flat with a prompt of 60 tokens"):
+        Prefix.prefill(tiny, "flat", settings, ids[:1], 5)
+    with pytest.raises(ValueError, match=r"^flat and full with a prompt of 60 tokens"):
+        tiny.init_caches([("flat", settings), ("full", settings)], [60], 5)
+    tiny.init_cache("flat", settings, [60], 5, from_files=True)
