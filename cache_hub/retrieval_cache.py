@@ -302,8 +302,9 @@ class TokenIndexCache(GrowingLayers):
             result, attended, width = group.retrieve(queries[rows], self.top_k, self.warm_start, ids[sequences], own)
             most = max(most, width)
             found.append(result)
-            self.stats.scored += int(result.keys_scored.sum())
-            self.stats.scored_bytes += group.index.scored_bytes(result)
+            scored = int(result.keys_scored.sum())
+            self.stats.scored += scored
+            self.stats.scored_bytes += group.index.scored_bytes(scored, result.keys_scored.numel(), result.ids.shape[2])
             self.stats.attended += attended
             self.stats.bytes_moved += 2 * attended * self.head_dim * self.dtype.itemsize
         out = torch.empty((*shape[:2], most), dtype=torch.int32, pin_memory=pinned).copy_(ids[..., :most])

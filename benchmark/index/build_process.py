@@ -9,7 +9,6 @@ and values [n, Hkv, D]. On standard output: a JSON list with an object for each 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import re
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from cache_hub import STRATEGIES, KV_Cache, make_cache
 from cache_hub.index import graph_index
+from cache_hub.index._native import trim_memory
 from cache_hub.index.stage_clock import StageClock
 from config import RetroInferConfig
 
@@ -58,7 +58,7 @@ class PeakWatch:
     def held(self) -> int:
         """What is resident once freed memory has been given back to the system (glibc's malloc_trim)."""
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        trim_memory()
         return resident_bytes() - self._before
 
     def begin_layer(self) -> None:

@@ -84,9 +84,9 @@ class TokenIndex(ABC):
     def key_bytes(self) -> int:
         """Bytes of one key, or centroid, as `search` reads it."""
 
-    def scored_bytes(self, found: SearchResult) -> int:
-        """Bytes behind the products that `search` counted for what it found, as if no two of them shared a key."""
-        return int(found.keys_scored.sum()) * self.key_bytes
+    def scored_bytes(self, scored: int, queries: int, k: int) -> int:
+        """Bytes behind the `scored` products of searches for k keys by so many queries, as if no two shared a key."""
+        return scored * self.key_bytes
 
     def save(self, path: str | Path) -> str:
         """Writes what the build made, without the keys it refers to, to a new safetensors file; returns its digest.

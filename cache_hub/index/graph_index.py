@@ -294,14 +294,14 @@ class AttentionAwareGraphIndex(TokenIndex):
             return stored_key_bytes(self.keys, self.extra)
         return stored_key_bytes(compact.codes, self.extra) + compact.scales.element_size()
 
-    def scored_bytes(self, found: SearchResult) -> int:
+    def scored_bytes(self, scored: int, queries: int, k: int) -> int:
         """See TokenIndex.scored_bytes; the beam behind a walk by an int8 copy is read from the store."""
-        walked = super().scored_bytes(found)
+        walked = super().scored_bytes(scored, queries, k)
         if self._compact is None:
             return walked
-        beam = min(max(self.options.ef_search, found.ids.shape[2]), self.keys.shape[1])
+        beam = min(max(self.options.ef_search, k), self.keys.shape[1])
         more = stored_key_bytes(self.keys, self.extra) - self.key_bytes
-        return walked + found.keys_scored.numel() * beam * more
+        return walked + queries * beam * more
 
     @property
     def adjacency(self) -> Tensor:
