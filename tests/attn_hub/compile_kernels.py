@@ -6,6 +6,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from attn_hub.kernels.copy_rows import copy_rows_kernel
+from attn_hub.kernels.hand_over import append_token_kernel, post_kernel
 from attn_hub.kernels.weighted_decode import attend_rows_kernel, merge_splits_kernel
 from cache_hub.index.projection import pair_scores_kernel, prune_fill_kernel
 from cache_hub.index.streaming_topk import chunk_maxima_kernel, chunk_scores_kernel, largest_kernel
@@ -44,6 +45,9 @@ if __name__ == "__main__":
     compile_kernel(merge_splits_kernel, 80, merge_types, {"HEAD_DIM": 80, "BLOCK_S": 32, "BLOCK_D": 128})
     copy_types = {"source": "*bf16", "target": "*bf16", "source_ids": "*i64", "target_ids": "*i64"}
     compile_kernel(copy_rows_kernel, 80, copy_types, {"HEAD_DIM": 80, "BLOCK_N": 32, "BLOCK_D": 128})
+    append_types = dict.fromkeys(("keys", "values", "key", "value"), "*bf16") | {"lengths": "*i32"}
+    compile_kernel(append_token_kernel, 80, append_types, {"HEAD_DIM": 80, "BLOCK_D": 128})
+    compile_kernel(post_kernel, 80, {"source": "*bf16", "target": "*fp32"}, {"BLOCK": 1024})
     prune_types = {"keys": "*bf16", "candidates": "*i64", "scores": "*fp32", "begin": "*i64", "links": "*i32"}
     for capability in (80, 90):
         for width, dim in ((16, 64), (32, 256)):
