@@ -35,9 +35,9 @@ def weighted_decode_attention(query: Tensor, parts: Sequence[WeightedPart], scal
 def decode_splits(
     query: Tensor, parts: Sequence[WeightedPart], scale: float | None = None
 ) -> ReferenceSplits | TritonSplits:
-    """`weighted_decode_attention` in steps: `attend(i)` reads the rows and ids of part i as they are then, in any order,
-    and `merge()` gives the result once every part was attended to. So what is known early is attended to while the ids
-    of another part are still looked for. Arguments and errors as there."""
+    """`weighted_decode_attention` in steps: `attend(i)` reads the rows and ids of the parts before i, as they are then,
+    `merge()` those of the others, and gives the result. So what is known early is attended to while the ids of another
+    part are still looked for. Arguments and errors as there."""
     if query.is_cuda:
         from attn_hub.kernels.weighted_decode import TritonSplits
 

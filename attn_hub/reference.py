@@ -19,16 +19,20 @@ class ReferenceSplits:
 
     def __init__(self, query: Tensor, parts: Sequence[WeightedPart], scale: float | None = None) -> None:
         check_parts(query, parts)
-        self._query, self._parts = query, parts
+        self.parts, self._query = parts, query
         self._scaled = _scaled_query(query, scale)
+        self._attended = 0
         self._selected: list[tuple[Tensor, Tensor, bool]] = []
 
-    def attend(self, part: int) -> None:
-        """Reads the rows of one part, as they are now."""
-        self._selected += _selected(self._scaled, self._parts[part])
+    def attend(self, stop: int) -> None:
+        """Reads the rows of the parts before `stop` that were not attended to yet, as they are now."""
+        for part in self.parts[self._attended : stop]:
+            self._selected += _selected(self._scaled, part)
+        self._attended = max(self._attended, stop)
 
     def merge(self) -> Tensor:
-        """[B, 1, H, D] over the parts attended to."""
+        """[B, 1, H, D] over all parts."""
+        self.attend(len(self.parts))
         shares = _shares([logits for logits, _, _ in self._selected], [away for _, _, away in self._selected])
         out = _weighted_sum(shares[0], self._selected[0][1])
         for share, (_, values, _) in zip(shares[1:], self._selected[1:], strict=True):
@@ -40,10 +44,7 @@ def reference_weighted_decode_attention(
     query: Tensor, parts: Sequence[WeightedPart], scale: float | None = None
 ) -> Tensor:
     """One softmax over the rows of all parts; arguments and result as `attn_hub.weighted_decode_attention`."""
-    splits = ReferenceSplits(query, parts, scale)
-    for part in range(len(parts)):
-        splits.attend(part)
-    return splits.merge()
+    return ReferenceSplits(query, parts, scale).merge()
 
 
 def partial_attention(query: Tensor, part: WeightedPart, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -82,13 +83,14 @@ def _selected(scaled_query: Tensor, part: WeightedPart) -> list[tuple[Tensor, Te
         logits.masked_fill_(_by_head(masked, logits), -math.inf)
     found = [(logits, values.float(), False)]
     if part.stand_ins is not None and part.stand_in_ids is not None and logits.shape[2]:
-        ids = part.stand_in_ids if masked is None else part.stand_in_ids.masked_fill(masked, -1)
+        ids = part.stand_in_ids[..., : logits.shape[2]]
+        ids = ids if masked is None else ids.masked_fill(masked, -1)
         rows, _, nobody = _gathered_rows(part.stand_ins, part.stand_ins, ids)
-        if rows.shape[2]:
-            theirs = _logits(scaled_query, rows)
-            if nobody is not None:
-                theirs.masked_fill_(_by_head(nobody, theirs), -math.inf)
-            found.append((theirs, found[0][1], True))
+        theirs = _logits(scaled_query, rows)
+        if nobody is not None:
+            theirs.masked_fill_(_by_head(nobody, theirs), -math.inf)
+        if theirs.shape[2]:
+            found.append((theirs, found[0][1][:, :, : theirs.shape[2]], True))
     return found
 
 
@@ -128,8 +130,11 @@ def _gathered_rows(keys: Tensor, values: Tensor, ids: Tensor) -> tuple[Tensor, T
     if highest < 0:
         empty = keys.new_empty(*ids.shape[:2], 0, keys.shape[3])
         return empty, empty, None
-    masked = ids < 0 if lowest < 0 else None
-    ids = ids if masked is None else ids.clamp(min=0)
+    masked = None
+    if lowest < 0:
+        masked = ids < 0
+        used = int((~masked).flatten(0, 1).any(0).nonzero()[-1]) + 1
+        ids, masked = ids[..., :used].clamp(min=0), masked[..., :used]
     at = _flat_rows(ids, keys)
     same_layout = values.stride() == keys.stride()
     keys, values = _take_rows(keys, at), _take_rows(values, at if same_layout else _flat_rows(ids, values))

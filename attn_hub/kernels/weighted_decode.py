@@ -40,8 +40,8 @@ def attend_rows_kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr, HEADS_PER_LIST: tl.constexpr, LISTS_PER_KV_HEAD: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """One program: one split of one id list. Writes the sums of weighted values [HEADS_PER_LIST, D] and of weights, both
-    over exp(max), and this max, of partial split `first_split + i`.
+    """One program: one split of one id list. Writes the sums of weighted values [HEADS_PER_LIST, D] and of weights,
+    both over exp(max), and this max, of partial split `first_split + i`.
 
     A list serves the HEADS_PER_LIST query heads of its kv head, or one of them.
     """
@@ -101,7 +101,9 @@ def attend_rows_kernel(  # type: ignore[no-untyped-def]
             other = tl.load(stand_in_ids + entry.to(tl.int64) * stride_jt, mask=ok, other=-1).to(tl.int64)
             other_ok = ok & (other >= 0)
             c = tl.load(
-                stand_ins + other[:, None] * stride_rn + dim[None, :], mask=other_ok[:, None] & dim_ok[None, :], other=0.0
+                stand_ins + other[:, None] * stride_rn + dim[None, :],
+                mask=other_ok[:, None] & dim_ok[None, :],
+                other=0.0,
             )
             away = tl.dot(q, tl.trans(c.to(COMPUTE)), input_precision="ieee") * scale
             away = tl.where(other_ok[None, :], away, float("-inf"))
@@ -162,7 +164,7 @@ def merge_splits_kernel(  # type: ignore[no-untyped-def]
 class TritonSplits:
     """Weighted decode attention by the kernels, part by part: CUDA tensors and pinned stores, or Triton's interpreter.
 
-    One launch per part when `attend` is called, which reads its rows and ids as they are then, and one in `merge`; no
+    One launch per part when it is attended to, which reads its rows and ids as they are then, and one for the merge; no
     synchronisation with the host, so that all can be captured in CUDA graphs. Arguments as those of
     `attn_hub.weighted_decode_attention`.
     """
@@ -170,23 +172,27 @@ class TritonSplits:
     def __init__(self, query: Tensor, parts: Sequence[WeightedPart], scale: float | None = None) -> None:
         check_parts(query, parts)
         batch, _, heads, head_dim = query.shape
+        self.parts, self._attended = parts, 0
         self._query = query if query.stride(3) == 1 else query.contiguous()
-        self._parts, self._scale = parts, head_dim**-0.5 if scale is None else scale
+        self._scale = head_dim**-0.5 if scale is None else scale
         splits = [_num_splits(query, part) for part in parts]
         self._first = list(itertools.accumulate(splits, initial=0))
         sizes = (self._first[-1], batch * heads)
         self._out = torch.empty(*sizes, head_dim, dtype=torch.float32, device=query.device)
         self._sum, self._max = (torch.empty(sizes, dtype=torch.float32, device=query.device) for _ in range(2))
 
-    def attend(self, part: int) -> None:
-        """Reads the rows of one part."""
-        first, stop = self._first[part : part + 2]
-        if first < stop:
-            with torch.cuda.device_of(self._query):
-                self._launch(self._parts[part], first, stop - first)
+    def attend(self, stop: int) -> None:
+        """Reads the rows of the parts before `stop` that were not attended to yet."""
+        with torch.cuda.device_of(self._query):
+            for number in range(self._attended, stop):
+                first, end = self._first[number : number + 2]
+                if first < end:
+                    self._launch(self.parts[number], first, end - first)
+        self._attended = max(self._attended, stop)
 
     def merge(self) -> Tensor:
-        """[B, 1, H, D] over all parts, each of which must have been attended to."""
+        """[B, 1, H, D] over all parts."""
+        self.attend(len(self.parts))
         query = self._query
         head_dim = query.shape[3]
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -227,10 +233,7 @@ def triton_weighted_decode_attention(
     query: Tensor, parts: Sequence[WeightedPart], scale: float | None = None
 ) -> Tensor:
     """`attn_hub.weighted_decode_attention` by the kernels."""
-    splits = TritonSplits(query, parts, scale)
-    for part in range(len(parts)):
-        splits.attend(part)
-    return splits.merge()
+    return TritonSplits(query, parts, scale).merge()
 
 
 def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:

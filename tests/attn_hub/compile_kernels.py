@@ -30,7 +30,9 @@ def compile_attend(capability: int, store: str, block_rows: int, head_dim: int, 
     compute = {"*bf16": tl.bfloat16, "*fp32": tl.float32}[store]
     constants = {"HEAD_DIM": head_dim, "HEADS_PER_LIST": 4, "LISTS_PER_KV_HEAD": 1, "COMPUTE": compute}
     constants |= {"BLOCK_H": 16, "BLOCK_N": block_rows, "BLOCK_D": triton.next_power_of_2(head_dim)}
-    constants |= {name: None for name in ("ids", "log_weights", "lengths", "stand_ins", "stand_in_ids") if name not in optional}
+    constants |= {
+        name: None for name in ("ids", "log_weights", "lengths", "stand_ins", "stand_in_ids") if name not in optional
+    }
     types = {"query": store, "keys": store, "values": store, "scale": "fp32"}
     types |= {"partial_out": "*fp32", "partial_sum": "*fp32", "partial_max": "*fp32", **optional}
     compile_kernel(attend_rows_kernel, capability, types, constants)

@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_refused():
     lengths = torch.zeros(2, 3, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"got key \[2, 1, 3, 32\]"):
         append_token(store, store, lengths, token[..., :32], token)
-    with pytest.raises(ValueError, match=r"got torch\.bfloat16 and torch\.bfloat16, allowed: the stores' torch\.float32"):
+    with pytest.raises(ValueError, match=r"got torch\.bfloat16 and torch\.bfloat16, allowed: the stores'"):
         append_token(store, store, lengths, token.bfloat16(), token.bfloat16())
     with pytest.raises(ValueError, match=r"target: got \[383\]"):
         post(token, torch.zeros(383))
