@@ -31,7 +31,7 @@ class KV_Cache(ABC):
     prompt + max_new_length; max_new_length 0 leaves the split between both open. layer_mapping: {str(layer): device},
     where the layer computes (default: CPU). num_gpus and model_size are taken because RetroInfer's callers pass them;
     nothing depends on them. diagnose: compare every decode step with an exact scan, slowly, and keep the sums in
-    stats.agreement.
+    stats.agreement. use_cuda_graph, an attribute: decode steps may be replayed as CUDA graphs.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class KV_Cache(ABC):
         self.generated = [0] * layer_num
         mapping = layer_mapping or {}
         self.devices = [torch.device(mapping.get(str(layer), "cpu")) for layer in range(layer_num)]
+        self.use_cuda_graph = False
         self.stats = CacheStats(agreement=Agreement.zeros(layer_num, num_heads) if diagnose else None)
 
     @classmethod

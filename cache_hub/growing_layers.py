@@ -45,7 +45,8 @@ class GrowingLayers(SavedLayers):
         return max(latest.batches for latest in self._latest) * self.insert_batch
 
     def make_room(self, layer_idx: int) -> None:
-        self._zones[layer_idx].make_room()
+        if self._zones[layer_idx].make_room():
+            self.version += 1
 
     def write_token(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
         self._zones[layer_idx].write(key_states, value_states)
@@ -67,6 +68,7 @@ class GrowingLayers(SavedLayers):
         if queries is None:
             return
         batch, step = self.insert_batch, self.generated[layer_idx]
+        self.version += 1
         with self.stats.timed("insert"):
             for group in self._groups[layer_idx]:
                 keys, values = self._zones[layer_idx].take(group.sequences, self.sinks, batch)

@@ -158,6 +158,7 @@ class TokenIndexCache(GrowingLayers):
         options = self.options(settings)
         self.top_k, self.estimation = options["top_k"], options["estimation"]
         self._buffers.clear()
+        self.version += 1
         self.warm_start = options["warm_start"]
         self.estimation_budget = options["estimation_budget"]
         for stage in ("build", "cluster"):
@@ -252,6 +253,7 @@ class TokenIndexCache(GrowingLayers):
             begin = perf_counter()
             self._tails = [self._new_tail(layer_idx) for layer_idx in range(self.layer_num)]
             self._tail_seconds = perf_counter() - begin
+        self.version += 1
         for tail in self._tails:
             tail.share = self.estimation_budget
         for stage in ("build", "cluster"):

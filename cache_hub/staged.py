@@ -21,9 +21,12 @@ class StagedCache(KV_Cache):
     then `end` on the device; and once `end` is on its way, `turn` on the host.
 
     What the device does reads nothing from the host but what lies in pinned memory, always at the same place: it can be
-    captured once and replayed, as long as `captured` stays as it was. decode_update_kv_cache and compute are these
-    stages one after another.
+    captured once and replayed, as long as `captured` stays as it was; `version` changes whenever that may have changed.
+    decode_update_kv_cache and compute are these stages one after another.
     """
+
+    version = 0
+    graphs: object | None = None  # of whoever replays the steps; they go with the cache
 
     @abstractmethod
     def write_token(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:

@@ -37,13 +37,15 @@ class StaticZone:
         self.write(key_states, value_states)
         self.count()
 
-    def make_room(self) -> None:
-        """Grows where a sequence has used up the capacity."""
+    def make_room(self) -> bool:
+        """Grows where a sequence has used up the capacity, and says so."""
         capacity = self.keys.shape[2]
-        if max(self.counts) == capacity:
+        full = max(self.counts) == capacity
+        if full:
             more = (*self.keys.shape[:2], max(capacity // 2, 64), self.keys.shape[3])
             self.keys = torch.cat((self.keys, self.keys.new_empty(more)), 2)
             self.values = torch.cat((self.values, self.values.new_empty(more)), 2)
+        return full
 
     def write(self, key_states: Tensor, value_states: Tensor) -> None:
         """The device's part of `append`, where there is room."""

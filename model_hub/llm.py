@@ -14,9 +14,10 @@ from tqdm import tqdm
 from attn_hub import full_prefill_attn
 from cache_hub import KV_Cache, RunShape, check_fits, make_cache
 from config import RetroInferConfig, resolve_strategy
+from model_hub.decode_graphs import graphs_of
 from model_hub.inputs import check_room, valid_lengths
 from model_hub.layers import DecoderLayer
-from model_hub.rotary import cos_sin
+from model_hub.rotary import cos_sin as rotary_angles
 from model_hub.sampling import Sampler
 from model_hub.spec import ModelSpec
 
@@ -176,7 +177,10 @@ class LLM:
             "max_new_length": max_new_length,
             "diagnose": diagnose,
         }
-        return [make_cache(strategy, settings, **common) for strategy, settings in builds]
+        caches = [make_cache(strategy, settings, **common) for strategy, settings in builds]
+        for cache, (_, settings) in zip(caches, builds, strict=True):
+            cache.use_cuda_graph = settings.use_cuda_graph
+        return caches
 
     def check_memory(
         self,
@@ -218,16 +222,19 @@ class LLM:
             raise ValueError("decode_step needs a prefilled cache, this one has an empty sequence")
         if max(lengths) >= cache.max_length:
             raise ValueError(f"the cache is full: it was made for {cache.max_length} tokens")
+        graphs = graphs_of(self, cache)
+        if graphs is not None:
+            return graphs.step(tokens)
         hidden = F.embedding(tokens.to(self.device)[:, None], self.embedding)
         positions = torch.tensor(lengths).to(self.device, non_blocking=True)
-        cos, sin = self._cos_sin(positions[:, None])
+        cos, sin = self.cos_sin(positions[:, None])
         for index, layer in enumerate(self.layers):
             with _on(layer.device):
                 hidden, cos, sin = (states.to(layer.device) for states in (hidden, cos, sin))
                 query, key, value = layer.project(hidden, cos, sin)
                 cache.decode_update_kv_cache(key, value, index)
                 hidden = layer.finish(hidden, cache.compute(query, index), self.mlp_chunk)
-        return self._logits(hidden[:, -1])
+        return self.project_out(hidden[:, -1])
 
     @torch.inference_mode()
     def decode(
@@ -260,7 +267,7 @@ class LLM:
         with self._layer_bar(len(lengths)) as bar:
             for row, length in enumerate(lengths):
                 hidden = self._forward(ids[row : row + 1, -length:], (), row, bar)
-                out[row, -length:] = self._logits(hidden[0])
+                out[row, -length:] = self.project_out(hidden[0])
         return out
 
     def _prefill_batch(self, ids: Tensor, lengths: list[int], caches: Sequence[KV_Cache], prefill_bsz: int) -> Tensor:
@@ -271,12 +278,12 @@ class LLM:
             for start in starts:
                 group = ids[start : start + step, -lengths[start] :]
                 last.append(self._forward(group, caches, start, bar)[:, -1])
-        return self._logits(torch.cat(last))
+        return self.project_out(torch.cat(last))
 
     def _forward(self, ids: Tensor, caches: Sequence[KV_Cache], start_bdx: int, bar: tqdm) -> Tensor:
         """Last layer's states [b, L, d] of equally long prompts ids [b, L], sequences start_bdx.. of the caches."""
         hidden = F.embedding(ids.to(self.device), self.embedding)
-        cos, sin = self._cos_sin(torch.arange(ids.shape[1], device=self.device)[None])
+        cos, sin = self.cos_sin(torch.arange(ids.shape[1], device=self.device)[None])
         for index, layer in enumerate(self.layers):
             with _on(layer.device):
                 hidden, cos, sin = (states.to(layer.device) for states in (hidden, cos, sin))
@@ -290,10 +297,12 @@ class LLM:
             bar.update()
         return hidden
 
-    def _cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return cos_sin(positions, self.frequencies, self.spec.rope_scaling, self.dtype)
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the rotation at positions [b or 1, L]; see rotary.cos_sin."""
+        return rotary_angles(positions, self.frequencies, self.spec.rope_scaling, self.dtype)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def project_out(self, hidden: Tensor) -> Tensor:
+        """Logits [.., V] float32 of the last layer's states [.., d]."""
         normed = F.rms_norm(hidden, self.norm.shape, self.norm, self.spec.norm_eps)
         return F.linear(normed, self.lm_head).float()
 

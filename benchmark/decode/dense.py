@@ -1,24 +1,21 @@
-"""What a decoder computes beside attention, with random weights of the true shape: good for times alone."""
+"""A decoder with random weights of the true shape around recorded attention states: good for times alone."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model_hub.layers import DecoderLayer, Linear
-from model_hub.rotary import cos_sin
+from model_hub.llm import LLM
 from model_hub.spec import ModelSpec
 
 from .bandwidth import synchronize
 from .extended import Shape
-
-_MLP_CHUNK = 65536
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,32 @@ class DenseSizes:
     vocab: int
 
 
-class DensePieces:
-    """Projections, norms, rotation and MLP of some layers, each with weights of its own, and the output projection.
+@dataclass(frozen=True)
+class StepStates:
+    """The decode steps of all layers where they compute: queries [T, layers, B, 1, H, D], keys and values
+    [T, layers, B, 1, Hkv, D]."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class RecordedLayer(DecoderLayer):
+    """A decoder layer that computes all that one does, and whose attention then gets recorded states, whatever was
+    projected. states: query [B, 1, H, D], key and value [B, 1, Hkv, D], rewritten for every step."""
+
+    __slots__ = ("states",)
+    states: tuple[Tensor, ...]
+
+    def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        super().project(hidden, cos, sin)
+        query, key, value = self.states
+        return query, key, value
+
+
+class DenseModel:
+    """An LLM of some layers, each with weights of its own, and the output projection; `show` tells it the states of a
+    step.
 
     layer_bytes, head_bytes: what one step reads of a layer's weights, and of the output projection's; layer_ms and
     head_ms: what they take without any attention, once `measure` was called.
@@ -43,7 +64,7 @@ class DensePieces:
         self.device, dim, width = device, shape.head_dim, sizes.hidden
         frequencies = 500_000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
         heads = (shape.heads, shape.kv_heads, dim)
-        self.spec = ModelSpec(
+        spec = ModelSpec(
             "llama", sizes.vocab, width, shape.layers, *heads, norm_eps=1e-5, window=1, frequencies=frequencies,
             rope_scaling=1.0,
         )  # fmt: skip
@@ -51,52 +72,75 @@ class DensePieces:
         def linear(rows: int, columns: int) -> Linear:
             return Linear(torch.randn(rows, columns, device=device, dtype=dtype) * columns**-0.5, None)
 
-        self.norm = torch.ones(width, device=device, dtype=dtype)
-        self.layers = [
-            DecoderLayer(
-                self.spec,
+        norm = torch.ones(width, device=device, dtype=dtype)
+        counts = (shape.heads, shape.kv_heads, shape.kv_heads)
+        self._shown = StepStates(
+            *(torch.zeros(layers, batch, 1, count, dim, device=device, dtype=dtype) for count in counts)
+        )
+        made: list[DecoderLayer] = []
+        for number in range(layers):
+            layer = RecordedLayer(
+                spec,
                 linear((shape.heads + 2 * shape.kv_heads) * dim, width),
                 linear(width, shape.heads * dim),
                 linear(2 * sizes.mlp, width),
                 linear(width, sizes.mlp),
-                self.norm,
-                self.norm,
+                norm,
+                norm,
                 None,
                 None,
             )
-            for _ in range(layers)
-        ]
-        self.head = linear(sizes.vocab, width).weight
-        self.hidden = torch.randn(batch, 1, width, device=device, dtype=dtype)
-        self.attended = torch.randn(batch, 1, shape.heads, dim, device=device, dtype=dtype)
-        self.cos, self.sin = cos_sin(torch.zeros(batch, 1, device=device), frequencies, 1.0, dtype)
-        first = self.layers[0]
+            layer.states = tuple(states[number] for states in vars(self._shown).values())
+            made.append(layer)
+        head = linear(sizes.vocab, width).weight
+        self.llm = LLM(spec, made, head, norm, head, max_length=1 << 30, eos_ids=())
+        self.llm.progress = False
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        first = made[0]
         linears = (first.qkv, first.out, first.gate_up, first.down)
         self.layer_bytes = sum(one.weight.nbytes for one in linears)
-        self.head_bytes = self.head.nbytes
+        self.head_bytes = head.nbytes
         self.layer_ms = self.head_ms = 0.0
 
-    def around(self, hidden: Tensor, layer: int, attention: Callable[[], Tensor]) -> Tensor:
-        """A layer with what `attention` gives, [B, 1, H, D], whatever was projected. Changes hidden [B, 1, d]."""
-        self.layers[layer].project(hidden, self.cos, self.sin)
-        return self.layers[layer].finish(hidden, attention(), _MLP_CHUNK)
+    @property
+    def layers(self) -> Sequence[DecoderLayer]:
+        return self.llm.layers
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[B, 1, V] float32."""
-        return F.linear(F.rms_norm(hidden, self.norm.shape, self.norm, self.spec.norm_eps), self.head).float()
+    def show(self, steps: StepStates, step: int) -> None:
+        """Lets the layers' attention get the states of a step."""
+        for name, shown in vars(self._shown).items():
+            shown.copy_(getattr(steps, name)[step])
 
+    @torch.inference_mode()
     def measure(self, warmup: int, steps: int) -> None:
-        """Medians over the steps of a layer's and the output projection's milliseconds."""
-        layers, heads = [], []
-        for _ in range(warmup + steps):
-            synchronize(self.device)
-            begin, hidden = perf_counter(), self.hidden.clone()
-            for layer in range(len(self.layers)):
-                hidden = self.around(hidden, layer, lambda: self.attended)
-            synchronize(self.device)
-            between = perf_counter()
-            self.logits(hidden)
-            synchronize(self.device)
-            layers.append((between - begin) / len(self.layers))
-            heads.append(perf_counter() - between)
-        self.layer_ms, self.head_ms = (statistics.median(took[warmup:]) * 1e3 for took in (layers, heads))
+        """Medians over the steps of a layer's and the output projection's milliseconds, without any attention; on a GPU
+        replayed as CUDA graphs."""
+        hidden = torch.randn(len(self.tokens), 1, self.llm.spec.hidden_size, device=self.device, dtype=self.llm.dtype)
+        cos, sin = self.llm.cos_sin(torch.zeros(len(self.tokens), 1, device=self.device))
+
+        def all_layers() -> None:
+            states = hidden.clone()
+            for layer in self.layers:
+                query, _, _ = layer.project(states, cos, sin)
+                layer.finish(states, query, self.llm.mlp_chunk)
+
+        layers = _median_ms(all_layers, warmup, steps, self.device)
+        self.layer_ms = layers / len(self.layers)
+        self.head_ms = _median_ms(lambda: self.llm.project_out(hidden[:, -1]), warmup, steps, self.device)
+
+
+def _median_ms(work: Callable[[], object], warmup: int, steps: int, device: str) -> float:
+    if torch.device(device).type == "cuda":
+        work()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        work = graph.replay
+    took = []
+    for _ in range(warmup + steps):
+        synchronize(device)
+        begin = perf_counter()
+        work()
+        synchronize(device)
+        took.append(perf_counter() - begin)
+    return statistics.median(took[warmup:]) * 1e3

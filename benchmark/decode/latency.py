@@ -38,7 +38,7 @@ from ..launcher import default_device
 from ..results import environment
 from ..shared_builds import Variant, shared_builds
 from .bandwidth import copy_bandwidths, synchronize
-from .dense import DensePieces, DenseSizes
+from .dense import DenseModel, DenseSizes
 from .extended import ExtendedTraces, Shape
 from .latency_row import costs, of_token, remarks, table
 from .steps import Prompts, compare, fill, play
@@ -87,7 +87,7 @@ class Latency:
         self.layers = [at * extended.shape.layers // args.layers for at in range(args.layers)]
         self.dtype: torch.dtype = DTYPES[args.dtype]
         self.where, self.bandwidths = environment(), copy_bandwidths(args.device)
-        self.dense: DensePieces | None = None
+        self.dense: DenseModel | None = None
         self.missing: list[str] = []
 
     def at(self, batch: int, length: int, builds: Sequence[Sequence[Variant]]) -> None:
@@ -108,10 +108,10 @@ class Latency:
     def _rows(self, build: Sequence[Variant], prompts: Prompts) -> Iterator[dict[str, Any]]:
         args, every = self.args, range(self.args.warmup + self.args.steps)
         warmup, timed = every[: args.warmup], every[args.warmup :]
-        if args.dense and (self.dense is None or len(self.dense.hidden) != prompts.batch):
+        if args.dense and (self.dense is None or len(self.dense.tokens) != prompts.batch):
             self.dense = None  # frees the weights before others are made
             sizes = DenseSizes(args.hidden, args.mlp, args.vocab)
-            self.dense = DensePieces(
+            self.dense = DenseModel(
                 prompts.extended.shape, sizes, len(self.layers), prompts.batch, args.device, self.dtype
             )
             self.dense.measure(args.warmup, args.steps)
@@ -170,7 +170,8 @@ def plan(args: argparse.Namespace, length: int) -> list[list[Variant]]:
     """The variants by build; no generated token enters an index. ConfigError for a bad name or setting."""
     settings = RetroInferConfig(**config_from_args(args, args.model_name, length)["RetroInfer"])
     graph = settings.attention_aware_graph.model_copy(update={"insert_batch": 0})
-    return shared_builds(args.strategies.split(","), settings.model_copy(update={"attention_aware_graph": graph}))
+    update = {"attention_aware_graph": graph, "use_cuda_graph": args.dense}
+    return shared_builds(args.strategies.split(","), settings.model_copy(update=update))
 
 
 def check(args: argparse.Namespace) -> tuple[Shape, list[int], list[int]]:

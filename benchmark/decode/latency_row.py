@@ -10,7 +10,7 @@ import torch
 
 from cache_hub import KV_Cache
 
-from .dense import DensePieces
+from .dense import DenseModel
 from .steps import Played, Prompts
 
 
@@ -44,19 +44,25 @@ def costs(cache: KV_Cache, prompts: Prompts, played: Played, bandwidths: Mapping
 
 
 def of_token(
-    row: Mapping[str, Any], prompts: Prompts, bandwidths: Mapping[str, float], dense: tuple[DensePieces, Played] | None
+    row: Mapping[str, Any], prompts: Prompts, bandwidths: Mapping[str, float], dense: tuple[DenseModel, Played] | None
 ) -> dict[str, Any]:
-    """Milliseconds of a token: the layers' mean times their number, with what is dense between the attentions and the
-    output projection where that was played too; the roofline likewise."""
-    layers = prompts.extended.shape.layers
+    """Milliseconds of a token: the layers' mean times their number, where all that is dense was played too with the
+    output projection; the roofline likewise."""
+    layers, built = prompts.extended.shape.layers, len(prompts.layers)
     layer, roofline = row["ms_per_layer"], row["roofline_ms_per_layer"] * layers
     head, found = 0.0, {}
     if dense is not None:
         pieces, played = dense
-        layer = statistics.median(played.seconds) / len(prompts.layers) * 1e3
         head = pieces.head_ms
+        layer = (statistics.median(played.seconds) * 1e3 - head) / built
         roofline += (layers * pieces.layer_bytes + pieces.head_bytes) / bandwidths["device"] / 1e6
-        found = {"ms_per_layer_with_dense": layer, "dense_ms_per_layer": pieces.layer_ms, "head_ms": head}
+        each = built * len(played.seconds) / 1e3
+        found = {
+            "ms_per_layer_with_dense": layer,
+            "dense_ms_per_layer": pieces.layer_ms,
+            "head_ms": head,
+            "dense_stage_ms_per_layer": {stage: seconds / each for stage, seconds in played.stages.items()},
+        }
     token = layer * layers + head
     return {
         **found,

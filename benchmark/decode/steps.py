@@ -14,7 +14,7 @@ from cache_hub.stats import Agreement
 from config import RetroInferConfig
 
 from .bandwidth import synchronize
-from .dense import DensePieces
+from .dense import DenseModel, StepStates
 from .extended import ExtendedTraces
 
 
@@ -33,15 +33,6 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class StepStates:
-    """A layer's decode steps where it computes: queries [T, B, 1, H, D], keys and values [T, B, 1, Hkv, D]."""
-
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
-
-
-@dataclass(frozen=True)
 class Played:
     """seconds of every step, all layers; stages: of all steps together; counts: every integer of CacheStats."""
 
@@ -51,9 +42,7 @@ class Played:
 
 
 @torch.inference_mode()
-def fill(
-    strategy: str, settings: RetroInferConfig, prompts: Prompts, room: int
-) -> tuple[KV_Cache, list[StepStates], float]:
+def fill(strategy: str, settings: RetroInferConfig, prompts: Prompts, room: int) -> tuple[KV_Cache, StepStates, float]:
     """A cache with the prompts in it and room for `room` more tokens, the steps behind them, and the seconds that
     storing and building took."""
     extended, shape, device = prompts.extended, prompts.extended.shape, prompts.device
@@ -71,9 +60,12 @@ def fill(
         layer_mapping={str(at): device for at in range(len(prompts.layers))},
         prefill_bsz=prompts.together,
     )
-    seconds, steps = 0.0, []
+    cache.use_cuda_graph = settings.use_cuda_graph
+    seconds = 0.0
+    behind: list[list[list[Tensor]]] = [[], [], []]  # queries, keys, values: of every layer, of every sequence
     for at, layer in enumerate(prompts.layers):
-        behind: list[list[Tensor]] = [[], [], []]
+        for kept in behind:
+            kept.append([])
         for start in range(0, prompts.batch, prompts.together):
             sequences = range(start, min(start + prompts.together, prompts.batch))
             made = [extended.states(layer, sequence, prompts.length, prompts.dtype) for sequence in sequences]
@@ -81,7 +73,7 @@ def fill(
                 torch.stack([getattr(one, name) for one in made]).to(device) for name in ("queries", "keys", "values")
             )
             for name, kept in zip(("step_queries", "step_keys", "step_values"), behind, strict=True):
-                kept += [getattr(one, name).to(device) for one in made]
+                kept[-1] += [getattr(one, name).to(device) for one in made]
             del made
             synchronize(device)
             begin = perf_counter()
@@ -90,35 +82,31 @@ def fill(
             synchronize(device)
             seconds += perf_counter() - begin
             del q, k, v
-        # B times [T, heads, D] -> [T, B, 1, heads, D]
-        steps.append(StepStates(*(torch.stack(kept, 1)[:, :, None].contiguous() for kept in behind)))
     begin = perf_counter()
     cache.prepare_cache()
     synchronize(device)
-    return cache, steps, seconds + perf_counter() - begin
+    seconds += perf_counter() - begin
+    # [T, heads, D] of every layer and sequence -> [T, layers, B, 1, heads, D]
+    states = (torch.stack([torch.stack(layer, 1) for layer in kept], 1)[:, :, :, None] for kept in behind)
+    return cache, StepStates(*states), seconds
 
 
 @torch.inference_mode()
-def play(
-    cache: KV_Cache, steps: Sequence[StepStates], which: range, device: str, dense: DensePieces | None = None
-) -> Played:
-    """Decodes some steps, layer after layer, waiting for the device behind each step; with `dense` between the
-    attentions what a model has there, whose states are not what the attention gets: that is the traces'."""
+def play(cache: KV_Cache, steps: StepStates, which: range, device: str, dense: DenseModel | None = None) -> Played:
+    """Decodes some steps, layer after layer, waiting for the device behind each step; with `dense` as a model does it,
+    the output projection included, whose states are not what the attention gets: that is the traces'."""
     before, stages, seconds = _counts(cache.stats), dict(cache.stats.seconds), []
-
-    def attend(layer: int, step: int) -> Tensor:
-        cache.decode_update_kv_cache(steps[layer].keys[step], steps[layer].values[step], layer)
-        return cache.compute(steps[layer].queries[step], layer)
-
     for step in which:
+        if dense is not None:
+            dense.show(steps, step)
         synchronize(device)
         begin = perf_counter()
-        hidden = dense.hidden.clone() if dense else None
-        for layer in range(len(steps)):
-            if dense is None or hidden is None:
-                attend(layer, step)
-            else:
-                hidden = dense.around(hidden, layer, lambda layer=layer, step=step: attend(layer, step))  # type: ignore[misc]
+        if dense is not None:
+            dense.llm.decode_step(dense.tokens, cache)
+        else:
+            for layer in range(cache.layer_num):
+                cache.decode_update_kv_cache(steps.keys[step, layer], steps.values[step, layer], layer)
+                cache.compute(steps.queries[step, layer], layer)
         synchronize(device)
         seconds.append(perf_counter() - begin)
     spent = {name: now - stages.get(name, 0.0) for name, now in cache.stats.seconds.items()}
@@ -127,7 +115,7 @@ def play(
 
 
 @torch.inference_mode()
-def compare(cache: KV_Cache, steps: Sequence[StepStates], which: range, device: str) -> dict[str, float]:
+def compare(cache: KV_Cache, steps: StepStates, which: range, device: str) -> dict[str, float]:
     """Steps against the exact scan, untimed: recall, of the mean and of the worst query head, and the attention mass
     relative to the exact top k's; nothing where the cache retrieves nothing."""
     stats = cache.stats

@@ -9,9 +9,11 @@ import torch
 from index_cases import write_trace
 
 from benchmark.decode import latency, latency_plot
-from benchmark.decode.dense import DensePieces, DenseSizes
+from benchmark.decode.dense import DenseModel, DenseSizes, StepStates
 from benchmark.decode.extended import ExtendedTraces, Shape
 from benchmark.index.traces import TraceFolder, open_folder
+from cache_hub import make_cache
+from config import RetroInferConfig
 
 
 def folders(tmp_path: Path, tests: int = 4) -> list[TraceFolder]:
@@ -157,12 +159,27 @@ def test_beside_a_gpu_rows_come_from_the_host(tmp_path: Path) -> None:
         assert row["device_bytes_per_layer"] > 0
 
 
-def test_dense_pieces_hand_the_attention_on() -> None:
-    dense = DensePieces(Shape(2, 4, 2, 8), DenseSizes(16, 24, 30), 2, 3, "cpu", torch.float32)
-    asked = []
-    out = dense.around(dense.hidden.clone(), 1, lambda: asked.append(1) or dense.attended)
-    assert (len(asked), out.shape, dense.logits(out).shape) == (1, (3, 1, 16), (3, 1, 30))
-    assert not torch.equal(out, dense.around(dense.hidden.clone(), 0, lambda: dense.attended)), "weights of their own"
+def test_a_dense_models_attention_gets_the_recorded_states() -> None:
+    torch.manual_seed(0)
+    dense = DenseModel(Shape(2, 4, 2, 8), DenseSizes(16, 24, 30), 2, 3, "cpu", torch.float32)
+    sizes = (4, 2, 2)
+    steps = StepStates(*(torch.randn(5, 2, 3, 1, heads, 8) for heads in sizes))
+    cache = make_cache(
+        "full", RetroInferConfig(), layer_num=2, batch_size=3, max_length=9, max_new_length=2, num_key_value_heads=2,
+        num_heads=4, head_dim=8, dtype=torch.float32,
+    )  # fmt: skip
+    prompt = [torch.randn(3, 6, heads, 8) for heads in sizes]
+    for layer in range(2):
+        cache.prefill_update_kv_cache(*prompt, layer, 0)
+    dense.show(steps, 4)
+    assert dense.llm.decode_step(dense.tokens, cache).shape == (3, 30)
+    for layer in range(2):
+        assert torch.equal(cache._keys[layer][:, :, 6], steps.keys[4, layer, :, 0])
+        assert torch.equal(cache._values[layer][:, :, 6], steps.values[4, layer, :, 0])
+    first, second = (layer.qkv.weight for layer in dense.layers)
+    assert not torch.equal(first, second), "weights of their own"
+    dense.measure(1, 2)
+    assert dense.layer_ms > 0 < dense.head_ms
 
 
 def test_a_second_call_measures_what_is_missing(traces: Path, monkeypatch: pytest.MonkeyPatch) -> None:

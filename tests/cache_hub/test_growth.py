@@ -163,7 +163,7 @@ def test_latest_queries_come_oldest_first_when_it_is_their_turn(steps: int, turn
             assert got is None
         else:
             assert got is not None
-            assert got[:, 0, 0].tolist() == list(range(step - steps + 1, step + 1))
+            assert got[:, 0, 0, 0].tolist() == list(range(step - steps + 1, step + 1))
 
 
 def test_taking_tokens_out_of_a_zone_closes_the_gap() -> None:
