@@ -6,9 +6,10 @@
 namespace rag {
 namespace {
 
-// Into how many tasks a row's searches are cut. Two that take turns wait less for memory, and a row's share what they
-// load: tasks of one only where threads would be without any. Beyond pairs, two tasks for each thread, so that one with
-// long searches gets fewer. (With two tasks of one search for each thread nothing is gained: each still gets two.)
+// Into how many tasks a row's searches are cut. In one thread they find in its caches what the others of the row loaded, and
+// one's wait for memory is another's turn: worth about a quarter of the time for four, half of that for two. Longer tasks end
+// further apart, the more so as a row's searches take alike: so pairs, as long as every thread gets one, and more only where
+// every thread gets two tasks.
 int64_t tasks_of_row(int64_t rows, int64_t group, int64_t threads) {
     const int64_t searches = rows * group;
     const int64_t some = std::max(searches / (2 * threads), std::min<int64_t>(searches / threads, 2));
