@@ -291,13 +291,13 @@ void clusters_lose_tokens() {
 }  // namespace
 
 int main() {
-    ThreadPool one(1, false), many(3, false);
+    ThreadPool one(1, false), two(2, false), many(3, false);
     kernels_agree();
     lifted_keys_are_scored_with_their_extra();
     unions();
     clusters_lose_tokens();
     for (int threads : {1, 2, 3, 8}) check_pool(threads);
-    check_retrieval({&one, &many});
+    check_retrieval({&one, &two, &many});
     check_nearest(many);
     for (Kind kind : kKinds)
         for (int64_t n : {1, 2, 63, 200})
