@@ -9,6 +9,7 @@ setup(
             "cache_hub.index._native",
             sources=[
                 "csrc/bindings.cpp",
+                "csrc/bindings_search.cpp",
                 "csrc/co_occurrence.cpp",
                 "csrc/graph_build.cpp",
                 "csrc/graph_insert.cpp",
@@ -16,6 +17,7 @@ setup(
                 "csrc/links.cpp",
                 "csrc/nearest.cpp",
                 "csrc/prune.cpp",
+                "csrc/retrieve.cpp",
                 "csrc/rows.cpp",
                 "csrc/rows_avx2.cpp",
                 "csrc/rows_avx512.cpp",
@@ -26,6 +28,7 @@ setup(
                 "csrc/tiles_float.cpp",
             ],
             depends=[
+                "csrc/bindings.h",
                 "csrc/clones.h",
                 "csrc/co_occurrence.h",
                 "csrc/graph.h",
@@ -36,6 +39,7 @@ setup(
                 "csrc/nearest.h",
                 "csrc/prune.h",
                 "csrc/reachability.h",
+                "csrc/retrieve.h",
                 "csrc/row_kernels.h",
                 "csrc/rows.h",
                 "csrc/selection.h",

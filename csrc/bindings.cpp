@@ -1,5 +1,4 @@
-// Python bindings. Tensors come as addresses: the caller owns them, keeps them alive and has checked their shapes.
-#include <pybind11/pybind11.h>
+// Python bindings of all but search.
 #include <pybind11/stl.h>
 #include <pthread.h>
 #include <unistd.h>
@@ -9,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -16,9 +16,9 @@
 #include <malloc.h>
 #endif
 
+#include "bindings.h"
 #include "graph.h"
 #include "graph_insert.h"
-#include "graph_search.h"
 #include "nearest.h"
 #include "row_kernels.h"
 #include "tail.h"
@@ -31,9 +31,10 @@ namespace {
 
 std::atomic<bool> forked{false};  // from a process that may have had threads
 
-// The pool of the latest thread count asked for; a caller that still works with the one before keeps that alive.
-// A forked child has none of its parent's threads, torch's neither: it leaves their pool alone and makes its own.
-std::shared_ptr<ThreadPool> threads(int count) {
+}  // namespace
+
+std::shared_ptr<ThreadPool> rag::threads(int count) {
+    if (count < 1) throw std::invalid_argument("num_threads: got " + std::to_string(count) + ", allowed: 1 or more");
     static std::mutex mutex;
     static auto* pool = new std::shared_ptr<ThreadPool>;
     static pid_t owner = getpid();
@@ -46,29 +47,6 @@ std::shared_ptr<ThreadPool> threads(int count) {
     return *pool;
 }
 
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-// Keys or values of all kv heads: [heads, n, dim] with contiguous rows, and extra and scales [heads, n] float32 or
-// nothing (0).
-struct KeyStore {
-    uintptr_t address;
-    int dtype;
-    int64_t heads, n, dim, head_stride, row_stride;
-    uintptr_t extra, scales;
-
-    Rows head(int64_t i) const {
-        const auto type = static_cast<Dtype>(dtype);
-        const auto row_of = [&](uintptr_t floats) { return floats ? at<const float>(floats) + i * n : nullptr; };
-        return {at<const char>(address) + i * head_stride * item_bytes(type), type, n, dim, row_stride, row_of(extra),
-                row_of(scales)};
-    }
-};
-
-}  // namespace
-
 PYBIND11_MODULE(_native, m) {
     pthread_atfork(nullptr, nullptr, [] { forked = true; });
     m.doc() = "Construction of and search in attention-aware graphs, bookkeeping of clusters (C++).";
@@ -78,6 +56,7 @@ PYBIND11_MODULE(_native, m) {
                       uintptr_t>(),
              py::arg("address"), py::arg("dtype"), py::arg("heads"), py::arg("n"), py::arg("dim"), py::arg("head_stride"),
              py::arg("row_stride"), py::arg("extra") = 0, py::arg("scales") = 0);
+    bind_search(m);
 
     m.def(
         "build",
@@ -171,45 +150,6 @@ PYBIND11_MODULE(_native, m) {
         "Names of the products that `nearest` can find candidates by on this CPU, the fastest first, the plain one last.");
 
     m.def(
-        "scan",
-        [](const KeyStore& keys, uintptr_t queries, int64_t group, int64_t k, int num_threads, uintptr_t ids,
-           uintptr_t scores) {
-            py::gil_scoped_release release;
-            threads(num_threads)->parallel_for(keys.heads * group, 1, [&](int64_t i) {
-                const Rows rows = keys.head(i / group);
-                extend_lists(rows, at<const float>(queries) + i * rows.width(), &keys.n, 1, 0, k,
-                             at<int32_t>(ids) + i * k, at<float>(scores) + i * k);
-            });
-        },
-        "Scores every key for one query per (kv head, query head of its group); ids and scores come filled with pads.");
-
-    m.def(
-        "search",
-        [](const KeyStore& keys, uintptr_t links, int64_t slots, int64_t segments, uintptr_t entries, int64_t num_entries,
-           uintptr_t queries, int64_t group, uintptr_t near, int64_t num_near, int64_t k, int64_t ef, int num_threads,
-           uintptr_t ids, uintptr_t scores, uintptr_t keys_scored, const KeyStore* exact) {
-            py::gil_scoped_release release;
-            std::vector<Graph> graphs;
-            const Links all{at<const void>(links), slots, segments};
-            for (int64_t h = 0; h < keys.heads; ++h)
-                graphs.push_back({keys.head(h), {all.row(h * keys.n), slots, segments},
-                                  at<const int32_t>(entries) + h * num_entries, num_entries,
-                                  exact ? exact->head(h) : Rows{}});
-            // A task is some queries of one kv head, as many as leave every thread a few tasks.
-            const int64_t some = std::clamp<int64_t>(keys.heads * group / (2 * num_threads), 1, group);
-            const int64_t tasks = (group + some - 1) / some;
-            threads(num_threads)->parallel_for(keys.heads * tasks, 1, [&](int64_t task) {
-                const Graph& graph = graphs[task / tasks];
-                const int64_t begin = task % tasks * some, first = task / tasks * group + begin;
-                const Starts starts{at<const int32_t>(near) + (first - begin) * num_near, group, num_near};
-                search_graph(graph, at<const float>(queries) + first * graph.keys.width(), std::min(some, group - begin), starts,
-                             begin, k, ef, at<int32_t>(ids) + first * k, at<float>(scores) + first * k,
-                             at<int64_t>(keys_scored) + first);
-            });
-        },
-        "Searches one query per (kv head, query head of its group); `exact` keys, or None, rank what is found.");
-
-    m.def(
         "trim_memory",
         [] {
 #ifdef __GLIBC__
@@ -256,17 +196,6 @@ PYBIND11_MODULE(_native, m) {
             unpack_links({at<const void>(links), slots, segments}, rows, at<int32_t>(out));
         },
         "Links of any layout as int32 [rows, slots] with -1 pads.");
-
-    m.def(
-        "unite",
-        [](uintptr_t ids, int64_t rows, int64_t width, int64_t first, uintptr_t positions) {
-            py::gil_scoped_release release;
-            std::vector<int64_t> counts(rows);
-            for (int64_t r = 0; r < rows; ++r)
-                counts[r] = unite(at<const int32_t>(ids) + r * width, width, first, at<int32_t>(positions) + r * width);
-            return counts;
-        },
-        "Each id of a row once, plus `first`, in the order met, then -1 pads; returns how many of each row.");
 
     m.def(
         "take_away",

@@ -45,7 +45,7 @@ void BeamSearch::start(const Graph& graph, const float* query, int64_t width, co
     expanding_ = -1;
     gather([&](auto&& meet) {
         for (int64_t head = 0; head < starts.group; ++head) {
-            const int32_t* ids = starts.ids + head * starts.width;
+            const int32_t* ids = starts.ids + head * starts.stride;
             for (int64_t i = 0; i < starts.width && ids[i] >= 0; ++i) {
                 meet(ids[i]);
                 if (head == own && i < followed && ids[i] + 1 < n) meet(ids[i] + 1);
@@ -142,7 +142,7 @@ int64_t BeamSearch::finish(int64_t k, int32_t* ids, float* scores) {
     if (graph_->exact.data) rank_exactly();
     for (int64_t i = 0; i < k; ++i) {
         ids[i] = i < filled_ ? id_of(beam_[i]) : -1;
-        scores[i] = i < filled_ ? score_of(beam_[i]) : -std::numeric_limits<float>::infinity();
+        if (scores) scores[i] = i < filled_ ? score_of(beam_[i]) : -std::numeric_limits<float>::infinity();
     }
     return scored_;
 }
@@ -166,7 +166,7 @@ void search_graph(const Graph& graph, const float* queries, int64_t count, const
             left = on;
         }
         for (int64_t i = first; i < last; ++i)
-            keys_scored[i] = searches[i - first].finish(k, ids + i * k, scores + i * k);
+            keys_scored[i] = searches[i - first].finish(k, ids + i * k, scores ? scores + i * k : nullptr);
     }
 }
 

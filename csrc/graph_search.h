@@ -17,11 +17,11 @@ struct Graph {
 };
 
 // Where the searches of a kv head start beside the entries: keys ids [group, width] that its query heads found before, best
-// first, -1 pads at the end. Each starts from those of all; and from the keys after the first kFollowed of its own, since
-// what is copied from the text is wanted step by step.
+// first, -1 pads at the end, `stride` ids apart. Each starts from those of all; and from the keys after the first kFollowed
+// of its own, since what is copied from the text is wanted step by step.
 struct Starts {
     const int32_t* ids;
-    int64_t group, width;
+    int64_t group, width, stride;
 };
 constexpr int64_t kFollowed = 20;
 
@@ -33,7 +33,7 @@ class BeamSearch {
     // Starts as query head `own`. graph and query must outlive the search.
     void start(const Graph& graph, const float* query, int64_t width, const Starts& starts, int64_t own);
     bool step();
-    // ids, scores [k], best first, -1 / -inf pads. Returns the number of inner products computed.
+    // ids, scores [k], best first, -1 / -inf pads; scores may be null. Returns the number of inner products computed.
     int64_t finish(int64_t k, int32_t* ids, float* scores);
 
    private:

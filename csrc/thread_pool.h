@@ -1,12 +1,14 @@
-// Threads kept for many loops: parallel_for hands out indices one by one; the calling thread works too.
+// Threads kept for many loops: parallel_for hands out chunks of indices; the calling thread works too.
 #pragma once
 #include <dlfcn.h>
+#include <sched.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
-#include <functional>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -35,9 +37,17 @@ class TorchTeam {
 
 // Threads of its own, or torch's team where it may borrow that and it has as many: then torch and this never compete for
 // cores.
+//
+// Threads of its own, and the caller at a job's end, look for work in a loop for kSpin before they sleep: to wake a thread
+// takes as long as a short job. Only where every thread has a core, though. A job is handed out without a lock: a thread
+// owns a chunk once it has lowered `unclaimed_`, and reads what the job is only then, while it cannot end. So one that
+// comes late finds nothing to do, and nobody waits for it.
 class ThreadPool {
    public:
-    ThreadPool(int threads, bool may_borrow) : size_(threads), shared_(may_borrow && threads > 1 && team_.size() == threads) {
+    ThreadPool(int threads, bool may_borrow)
+        : size_(threads),
+          shared_(may_borrow && threads > 1 && team_.size() == threads),
+          spins_(threads <= cores()) {
         for (int i = 1; i < threads && !shared_; ++i) workers_.emplace_back([this] { work(); });
     }
     ~ThreadPool() {
@@ -53,66 +63,128 @@ class ThreadPool {
 
     int size() const { return size_; }
 
-    // Runs body(i) for every i in [0, count) in chunks of `chunk`; rethrows the first exception of any thread.
-    void parallel_for(int64_t count, int64_t chunk, const std::function<void(int64_t)>& body) {
-        std::lock_guard<std::mutex> one_job(job_mutex_);
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            body_ = &body;
-            count_ = count;
-            chunk_ = chunk;
-            next_ = 0;
-            error_ = nullptr;
-            running_ = static_cast<int>(workers_.size());
-            ++generation_;
-        }
-        if (shared_)
-            team_.run([](void* pool) { static_cast<ThreadPool*>(pool)->drain(); }, this, size_);
-        else
-            wake_.notify_all(), drain();
-        std::unique_lock<std::mutex> lock(mutex_);
-        done_.wait(lock, [this] { return running_ == 0; });
-        if (error_) std::rethrow_exception(error_);
+    // Runs body(i) for every i in [0, count) in chunks of `chunk`; rethrows the first exception of any thread, after which
+    // other chunks may not have run.
+    template <class Body>
+    void parallel_for(int64_t count, int64_t chunk, const Body& body) {
+        run(count, chunk, [](const void* to, int64_t i) { (*static_cast<const Body*>(to))(i); }, &body);
     }
 
    private:
+    using Call = void (*)(const void*, int64_t);
+    static constexpr std::chrono::milliseconds kSpin{2};
+
+    // That this process may use.
+    static int cores() {
+#ifdef __linux__
+        cpu_set_t set;
+        if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+        return static_cast<int>(std::thread::hardware_concurrency());
+    }
+    static void pause() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
+    // Is `ready` so, at once or after a while?
+    template <class Ready>
+    bool spin_until(const Ready& ready) const {
+        if (!spins_) return ready();
+        const auto end = std::chrono::steady_clock::now() + kSpin;
+        do
+            for (int i = 0; i < 32; ++i, pause())
+                if (ready()) return true;
+        while (std::chrono::steady_clock::now() < end);
+        return false;
+    }
+
+    void run(int64_t count, int64_t chunk, Call call, const void* body) {
+        if (count <= 0) return;
+        std::lock_guard<std::mutex> one_job(job_mutex_);
+        call_ = call, body_ = body;
+        count_ = count, chunk_ = chunk, chunks_ = (count + chunk - 1) / chunk;
+        error_ = nullptr, failed_ = false;
+        undone_ = chunks_;
+        unclaimed_ = chunks_;
+        if (shared_)
+            team_.run([](void* pool) { static_cast<ThreadPool*>(pool)->drain(); }, this, size_);
+        else
+            call_workers(), drain();
+        const auto done = [this] { return undone_ == 0; };
+        if (!spin_until(done)) {
+            std::unique_lock<std::mutex> lock(mutex_);
+            caller_sleeps_ = true;
+            done_.wait(lock, done);
+            caller_sleeps_ = false;
+        }
+        if (error_) std::rethrow_exception(error_);
+    }
+    // A worker counts itself among the sleeping before it looks for a job the last time: either it sees this one, or it is
+    // seen here, and the lock waits until it sleeps. `drain` and the caller likewise.
+    void call_workers() {
+        ++jobs_;
+        if (!asleep_) return;
+        { std::lock_guard<std::mutex> lock(mutex_); }
+        wake_.notify_all();
+    }
     void drain() {
+        int64_t own = 0;
+        for (int64_t left = unclaimed_; left > 0;) {
+            if (!unclaimed_.compare_exchange_weak(left, left - 1)) continue;
+            run_chunk(chunks_ - left);
+            ++own;
+            left = unclaimed_;
+        }
+        if (!own || undone_.fetch_sub(own) != own || !caller_sleeps_) return;
+        { std::lock_guard<std::mutex> lock(mutex_); }
+        done_.notify_one();
+    }
+    void run_chunk(int64_t number) {
+        if (failed_) return;
+        const int64_t begin = number * chunk_, end = std::min(begin + chunk_, count_);
         try {
-            for (int64_t begin; (begin = next_.fetch_add(chunk_)) < count_;)
-                for (int64_t i = begin; i < begin + chunk_ && i < count_; ++i) (*body_)(i);
+            for (int64_t i = begin; i < end; ++i) call_(body_, i);
         } catch (...) {
-            next_ = count_;
             std::lock_guard<std::mutex> lock(mutex_);
-            if (!error_) error_ = std::current_exception();
+            if (!failed_) error_ = std::current_exception();
+            failed_ = true;
         }
     }
     void work() {
         for (uint64_t seen = 0;;) {
-            {
+            const auto called = [&] { return stop_ || jobs_ != seen; };
+            if (!spin_until(called)) {
                 std::unique_lock<std::mutex> lock(mutex_);
-                wake_.wait(lock, [&] { return stop_ || generation_ != seen; });
-                if (stop_) return;
-                seen = generation_;
+                ++asleep_;
+                wake_.wait(lock, called);
+                --asleep_;
             }
+            if (stop_) return;
+            seen = jobs_;
             drain();
-            std::lock_guard<std::mutex> lock(mutex_);
-            if (--running_ == 0) done_.notify_one();
         }
     }
 
     int size_;
     TorchTeam team_;
-    bool shared_;
+    bool shared_, spins_;
     std::vector<std::thread> workers_;
     std::mutex mutex_, job_mutex_;
     std::condition_variable wake_, done_;
-    const std::function<void(int64_t)>* body_ = nullptr;
-    std::atomic<int64_t> next_{0};
-    int64_t count_ = 0, chunk_ = 1;
+    std::atomic<bool> stop_{false}, caller_sleeps_{false}, failed_{false};
+    std::atomic<int> asleep_{0};
+    // The job.
+    Call call_ = nullptr;
+    const void* body_ = nullptr;
+    int64_t count_ = 0, chunk_ = 1, chunks_ = 0;
     std::exception_ptr error_;
-    int running_ = 0;
-    uint64_t generation_ = 0;
-    bool stop_ = false;
+    // On lines of their own: many threads look at each.
+    alignas(64) std::atomic<uint64_t> jobs_{0};
+    alignas(64) std::atomic<int64_t> unclaimed_{0};  // chunks
+    alignas(64) std::atomic<int64_t> undone_{0};
 };
 
 }  // namespace rag

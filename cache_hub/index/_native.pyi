@@ -90,6 +90,57 @@ def search(
     keys_scored: int,
     exact: KeyStore | None,
 ) -> None: ...
+
+class GraphView:
+    """The graphs of all kv heads of sequences that share an index, for `retrieve`; it holds addresses and keeps nothing
+    alive, and is made anew when the index has grown.
+
+    keys, links, slots, segments, entries, num_entries, exact: as for `search`. first: added to ids, gives positions.
+    assignment: address of the cluster of each indexed token, int32 [keys.heads, tokens], tokens >= keys.n; or 0.
+    ValueError where it has too few tokens.
+    """
+
+    def __init__(
+        self,
+        keys: KeyStore,
+        links: int,
+        slots: int,
+        segments: int,
+        entries: int,
+        num_entries: int,
+        exact: KeyStore | None,
+        first: int,
+        assignment: int,
+        tokens: int,
+    ) -> None: ...
+
+def retrieve(
+    views: list[GraphView],
+    queries: int,
+    group: int,
+    near: int,
+    near_stride: int,
+    num_near: int,
+    k: int,
+    ef: int,
+    num_threads: int,
+    ids: int,
+    keys_scored: int,
+    positions: int,
+    clusters: int,
+) -> tuple[int, int]:
+    """Searches for the `group` queries of each of R kv heads, the rows of all views in their order, and unites what
+    they find; returns how many keys were scored, and how many positions there are.
+
+    Addresses of contiguous memory. In: queries [R, group, width] float32, width as KeyStore's dim, and 1 more with
+    `extra`; near [R, group, near_stride] int32, of which the first num_near of a query head, -1 pads at the end, are
+    ids to start from, or 0; it must not be in `ids`. Out: ids [R, group, k] int32, best first, -1 pads; keys_scored
+    [R, group] int64; positions [R, group * k] int32: each id of the group once, plus its view's `first`, in the order
+    met, -1 pads; clusters likewise: the position's in its view's assignment, or 0. The results are the same for any
+    number of threads. ValueError for views of different widths, for clusters where a view has no assignment, for
+    num_near that `near` has not.
+    """
+
 def row_kernels() -> list[str]: ...
 def score(keys: KeyStore, kernel: int, query: int, ids: int, count: int, scores: int) -> None: ...
 def pack_links(ids: int, rows: int, width: int, segments: int, slots: int, num_threads: int, out: int) -> None: ...

@@ -10,6 +10,8 @@
 #include "graph_insert.h"
 #include "graph_search.h"
 #include "nearest_checks.h"
+#include "pool_checks.h"
+#include "retrieve_checks.h"
 #include "row_kernels.h"
 #include "tail.h"
 
@@ -104,7 +106,7 @@ void check_search(const Graph& graph, const Rows& exact, const std::vector<float
             std::vector<int64_t> scored(count);
             std::vector<int32_t> near(count * 3, -1);  // some start from two keys, one of them an entry or not
             for (int64_t q = 0; q < count; q += 2) near[q * 3] = static_cast<int32_t>(n - 1), near[q * 3 + 1] = 0;
-            search_graph(graph, queries.data(), count, {near.data(), count, 3}, 0, k, ef, ids.data(), scores.data(), scored.data());
+            search_graph(graph, queries.data(), count, {near.data(), count, 3, 3}, 0, k, ef, ids.data(), scores.data(), scored.data());
             for (int64_t q = 0; q < count; ++q) {
                 exact.score(&queries[q * dim], all_ids(n).data(), n, all.data());
                 const int32_t* found = &ids[q * k];
@@ -286,25 +288,16 @@ void clusters_lose_tokens() {
         }
 }
 
-void errors_of_threads_reach_the_caller(ThreadPool& pool) {
-    try {
-        pool.parallel_for(100, 3, [](int64_t i) {
-            if (i == 50) throw std::runtime_error("expected");
-        });
-        CHECK(!"thrown");
-    } catch (const std::runtime_error&) {
-    }
-}
-
 }  // namespace
 
 int main() {
-    ThreadPool one(1, false), many(3, false);
+    ThreadPool one(1, false), two(2, false), many(3, false);
     kernels_agree();
     lifted_keys_are_scored_with_their_extra();
     unions();
     clusters_lose_tokens();
-    errors_of_threads_reach_the_caller(many);
+    for (int threads : {1, 2, 3, 8}) check_pool(threads);
+    check_retrieval({&one, &two, &many});
     check_nearest(many);
     for (Kind kind : kKinds)
         for (int64_t n : {1, 2, 63, 200})
