@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .index.metric import query_moment
 from .indexed_sequences import LatestQueries
+from .layer_search import LayerSearch
 from .saved_layers import SavedLayers
 from .static_zone import StaticZone
 
@@ -17,6 +18,7 @@ class GrowingLayers(SavedLayers):
     """
 
     min_indexed: int
+    _searches: dict[int, LayerSearch]
     _latest: list[LatestQueries]
 
     def _allocate(self) -> None:
@@ -78,6 +80,7 @@ class GrowingLayers(SavedLayers):
                 if self._tails:
                     moment = query_moment(group.by_row(queries, self.kv_head))
                     self._tails[layer_idx].add(group.sequences, keys, values, moment)
+            self._searches[layer_idx].refresh()
 
 
 def inserted_at_once(insert_batch: int, max_new_length: int) -> int:

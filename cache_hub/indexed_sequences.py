@@ -7,42 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .index import TokenIndex, _native
+from .index import TokenIndex
 from .lift import SoftmaxLift
-
-
-@dataclass(frozen=True)
-class HostBuffers:
-    """What device and host hand each other in the steps of one device's layers, one layer after the other; pinned
-    beside a GPU.
-
-    queries [B * Hkv, g, D] float32; positions [B, Hkv, g * k] int32 of the tokens to attend to, clusters likewise, of
-    their clusters, -1 pads; log_weights [B, Hkv, g * k] float32 where tokens are a weighted sample.
-    """
-
-    queries: Tensor
-    positions: Tensor
-    clusters: Tensor
-    log_weights: Tensor | None
-
-    @classmethod
-    def of(
-        cls, batch: int, kv_heads: int, group: int, head_dim: int, k: int, pinned: bool, lifted: bool
-    ) -> HostBuffers:
-        places = (batch, kv_heads, group * k)
-        positions, clusters = (torch.full(places, -1, dtype=torch.int32, pin_memory=pinned) for _ in range(2))
-        queries = torch.zeros(batch * kv_heads, group, head_dim, pin_memory=pinned)
-        return cls(queries, positions, clusters, torch.zeros(places, pin_memory=pinned) if lifted else None)
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search found for the rows of some sequences: ids [R, g, k] int32, best first, -1 pads; keys_scored [R, g]
-    int64; attended: how many tokens their groups attend to, all rows together."""
-
-    ids: Tensor
-    keys_scored: Tensor
-    attended: int
 
 
 @dataclass
@@ -50,7 +16,7 @@ class IndexedSequences:
     """`count` sequences from `start` on, equally long, whose tokens first..stop - 1 are in the index.
 
     index: its rows are sequence-major, [count * Hkv]. lift: its sampler, where there is one. query_moment
-    [count * Hkv, D, D]: see CentroidTail.add. hits [count * Hkv, g, k] int32 on the CPU: what the step before found.
+    [count * Hkv, D, D]: see CentroidTail.add.
     """
 
     start: int
@@ -60,7 +26,6 @@ class IndexedSequences:
     index: TokenIndex
     lift: SoftmaxLift | None
     query_moment: Tensor
-    hits: Tensor | None = None
 
     @property
     def sequences(self) -> slice:
@@ -73,24 +38,6 @@ class IndexedSequences:
     def tokens(self, store: Tensor) -> Tensor:
         """The indexed tokens' rows [count, Hkv, N, D] of a store [B, Hkv, L, D]; copies nothing."""
         return store[self.sequences, :, self.first : self.stop]
-
-    def retrieve(self, buffers: HostBuffers, k: int, warm_start: int) -> Found:
-        """Writes what the index finds for the queries, k a query head, into the buffers: positions of each group's
-        union, or of its sample with the log weights. warm_start: hits of the step before that the search may start
-        from."""
-        kv_heads = buffers.positions.shape[1]
-        queries, positions = buffers.queries[self.rows(kv_heads)], buffers.positions[self.sequences]
-        near = None if self.hits is None or not warm_start else self.hits[..., :warm_start]
-        if self.lift is None or buffers.log_weights is None:
-            found = self.index.search(queries, k, near)
-            ids = self.hits = found.ids.cpu().contiguous()
-            counts = _native.unite(ids.data_ptr(), len(ids), ids[0].numel(), self.first, positions.data_ptr())
-            return Found(ids, found.keys_scored, sum(counts))
-        sample, found = self.lift.search(queries, k, near)
-        self.hits = found.ids.cpu()
-        positions[:] = torch.where(sample.ids >= 0, sample.ids + self.first, -1).view_as(positions)
-        buffers.log_weights[self.sequences] = sample.log_weights.view_as(positions)
-        return Found(self.hits, found.keys_scored, int((sample.ids >= 0).sum()))
 
     def insert(self, store: Tensor, tokens: int, queries: Tensor, asked_from: int) -> None:
         """Takes up the `tokens` behind those indexed. queries [M, B, H, D] of consecutive positions from asked_from on,

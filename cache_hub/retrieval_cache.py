@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from abc import abstractmethod
 from collections import defaultdict
@@ -20,7 +19,8 @@ from .growing_layers import GrowingLayers, inserted_at_once, static_and_grown
 from .index import TokenIndex
 from .index._native import trim_memory
 from .index.metric import LATE_QUERIES, query_moment
-from .indexed_sequences import Found, HostBuffers, IndexedSequences
+from .indexed_sequences import IndexedSequences
+from .layer_search import Found, HostBuffers, LayerSearch, layer_search
 from .lift import SoftmaxLift
 from .memory import CPU, Need, RunShape
 from .static_zone import check_static, sinks_and_window
@@ -87,6 +87,7 @@ class TokenIndexCache(GrowingLayers):
         self._pending: Tensor | None = None
         self._tails = []
         self._buffers: dict[torch.device, HostBuffers] = {}
+        self._searches: dict[int, LayerSearch] = {}
         self._chosen: Tensor | None = None  # clusters that the layer begun last attends to, where that is not all
         self._tail_seconds = 0.0
         self._prompt_seconds: dict[str, float] = {}
@@ -158,6 +159,7 @@ class TokenIndexCache(GrowingLayers):
         options = self.options(settings)
         self.top_k, self.estimation = options["top_k"], options["estimation"]
         self._buffers.clear()
+        self._searches.clear()
         self.version += 1
         self.warm_start = options["warm_start"]
         self.estimation_budget = options["estimation_budget"]
@@ -174,8 +176,8 @@ class TokenIndexCache(GrowingLayers):
         for zone, generated in zip(self._zones, self.generated, strict=True):
             zone.drop_last(generated)
         self.generated = [0] * self.layer_num
-        for group in itertools.chain.from_iterable(self._groups):
-            group.hits = None
+        for search in self._searches.values():
+            search.forget()
         self._latest = self._latest_queries()
         self._due.clear()
         self.stats = CacheStats(
@@ -304,28 +306,29 @@ class TokenIndexCache(GrowingLayers):
         begun.attend(ready)
         return begun
 
+    def _search_of(self, layer_idx: int) -> LayerSearch:
+        if layer_idx not in self._searches:
+            how = (self.top_k, self.warm_start, self._tail_of(layer_idx))
+            self._searches[layer_idx] = layer_search(self._groups[layer_idx], *how)
+        return self._searches[layer_idx]
+
     def retrieve(self, layer_idx: int) -> None:
-        buffers, groups, tail = self._buffers_of(layer_idx), self._groups[layer_idx], self._tail_of(layer_idx)
-        with self.stats.timed("search"):
-            found = [group.retrieve(buffers, self.top_k, self.warm_start) for group in groups]
-            if tail is not None:
-                for group in groups:
-                    positions = buffers.positions[group.sequences]
-                    clusters = tail.clusters_of(positions, group.first, group.sequences)
-                    buffers.clusters[group.sequences] = clusters
-        for group, one in zip(groups, found, strict=True):
-            scored = int(one.keys_scored.sum())
-            self.stats.scored += scored
-            self.stats.scored_bytes += group.index.scored_bytes(scored, one.keys_scored.numel(), one.ids.shape[2])
-            self.stats.attended += one.attended
-            self.stats.bytes_moved += 2 * one.attended * self.head_dim * self.dtype.itemsize
+        buffers, search, tail = self._buffers_of(layer_idx), self._search_of(layer_idx), self._tail_of(layer_idx)
+        stats = self.stats
+        with stats.timed("search"):
+            scored, attended = search.retrieve(buffers)
+        queries = sum(group.count for group in search.groups) * self.num_heads
+        stats.scored += scored
+        stats.scored_bytes += search.groups[0].index.scored_bytes(scored, queries, self.top_k)
+        stats.attended += attended
+        stats.bytes_moved += 2 * attended * self.head_dim * self.dtype.itemsize
         if tail is not None:
-            self.stats.estimated += tail.attended
+            stats.estimated += tail.attended
             if self.estimation_budget < 1:
                 self._count_centroids(sum(tail.clusters))
-        if self.stats.agreement is not None:
-            with self.stats.timed("diagnosis"):
-                self._compare(buffers.queries, found, layer_idx, self.stats.agreement)
+        if stats.agreement is not None:
+            with stats.timed("diagnosis"):
+                self._compare(buffers.queries, search.found(), layer_idx, stats.agreement)
         self.keep_query(buffers.queries.view(self.batch_size, self.num_heads, self.head_dim), layer_idx)
         self.note_step(layer_idx)
 

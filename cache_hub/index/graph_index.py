@@ -286,6 +286,23 @@ class AttentionAwareGraphIndex(TokenIndex):
         )
         return SearchResult(ids, scores, keys_scored)
 
+    def view(self, first: int, assignment: Tensor | None = None) -> _native.GraphView:
+        """What _native.retrieve searches, to be made anew after `insert`: ids come as positions from `first` on, beside
+        them, where an assignment [R, >= N] int32 is given, what it says of them; it must be on the CPU, contiguous."""
+        walked, exact = (self._store, None) if self._compact is None else (self._compact.view(self.extra), self._store)
+        return _native.GraphView(
+            walked,
+            self.links.data.data_ptr(),
+            self.links.slots,
+            self.links.segments,
+            self.entries.data_ptr(),
+            self.options.num_entries,
+            exact,
+            first,
+            0 if assignment is None else assignment.data_ptr(),
+            0 if assignment is None else assignment.shape[1],
+        )
+
     @property
     def key_bytes(self) -> int:
         """See TokenIndex.key_bytes; as the walk reads it."""

@@ -7,7 +7,8 @@ import pytest
 import torch
 from cache_run import LAYERS, STEPS, Run, relative_error
 
-from cache_hub import STRATEGIES, AttentionAwareGraphCache, FlatCache, make_cache
+from cache_hub import STRATEGIES, AttentionAwareGraphCache, FlatCache, make_cache, retrieval_cache
+from cache_hub.layer_search import GraphLayerSearch, LayerSearch, layer_search
 from config import ESTIMATIONS, RETRIEVAL_STRATEGIES, RetroInferConfig
 from config.schema import ESTIMATING
 
@@ -84,8 +85,11 @@ def test_a_cache_rewound_and_retuned_answers_as_one_of_its_own(first: str, secon
 
 @pytest.mark.parametrize("warm_start", [0, 7, 50])
 @pytest.mark.parametrize("estimation", ["none", "softmax_lift"])
-def test_each_search_starts_from_the_first_hits_of_the_step_before(estimation: str, warm_start: int) -> None:
+def test_each_search_starts_from_the_first_hits_of_the_step_before(
+    estimation: str, warm_start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For the sequences of each prefill call by themselves, in every layer; not from those before a rewind."""
+    monkeypatch.setattr(retrieval_cache, "layer_search", LayerSearch)
     run = Run([300, 131])
     given: dict[tuple[int, int], list[Any]] = defaultdict(list)
     found: dict[tuple[int, int], list[Any]] = defaultdict(list)
@@ -117,6 +121,35 @@ def test_each_search_starts_from_the_first_hits_of_the_step_before(estimation: s
                 assert near[step] is None
             else:
                 assert torch.equal(near[step], found[key][step - 1][..., :warm_start])
+
+
+@pytest.mark.parametrize("insert_batch", [0, 5])
+@pytest.mark.parametrize("estimation", ["none", "centroid"])
+@pytest.mark.parametrize(("lengths", "warm_start"), [([300, 131], 0), ([150, 150, 80], 7), ([10, 140, 200], 50)])
+def test_one_native_call_for_a_layer_does_what_single_searches_do(
+    lengths: list[int], warm_start: int, estimation: str, insert_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For sequences of which one is attended in full, behind a rewind, and while generated tokens enter the index."""
+    outs, scored = [], []
+    for kind in (layer_search, LayerSearch):
+        monkeypatch.setattr(retrieval_cache, "layer_search", kind)
+        run = Run(lengths, steps=12)
+        knobs = {"top_k": 20, "estimation": estimation, "warm_start": warm_start, "insert_batch": insert_batch}
+        cache = AttentionAwareGraphCache(**knobs, **run.common(diagnose=True))
+        run.prefill(cache)
+        attended = [run.decode(cache)]
+        if insert_batch:
+            assert cache._inserted == 10
+        else:
+            cache.rewind()
+            attended.append(run.decode(cache))
+        outs.append(torch.stack(attended))
+        scored.append((cache.stats.scored, cache.stats.attended, cache.stats.agreement))
+        assert isinstance(cache._search_of(0), GraphLayerSearch) == (kind is layer_search)
+    torch.testing.assert_close(outs[0], outs[1])
+    assert scored[0][:2] == scored[1][:2]
+    assert torch.equal(scored[0][2].recall, scored[1][2].recall)
+    assert torch.equal(scored[0][2].scored, scored[1][2].scored)
 
 
 def test_settings_that_need_another_build_have_another_key() -> None:
