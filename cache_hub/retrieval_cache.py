@@ -22,7 +22,7 @@ from .index._native import trim_memory
 from .index.metric import LATE_QUERIES, query_moment
 from .indexed_sequences import IndexedSequences
 from .lift import SoftmaxLift
-from .memory import CPU, Need, RunShape
+from .memory import CPU, Need, RunShape, usable_cpus
 from .static_zone import check_static, sinks_and_window
 from .stats import Agreement, CacheStats
 from .tail import CentroidTail
@@ -80,7 +80,11 @@ class TokenIndexCache(GrowingLayers):
         self.sinks, self.window = static_pattern_start, static_pattern_end
         self.top_k, self.min_indexed, self.warm_start = top_k, min_indexed, warm_start
         # Without a GPU the main thread computes too: torch's own thread count is the right one then.
-        self.num_threads = core if self.devices[0].type == "cuda" else None
+        self.num_threads = None
+        if core and self.devices[0].type == "cuda":
+            self.num_threads = min(core, usable_cpus())
+            if core > self.num_threads:
+                self.stats.note(f"core: {core} threads were asked for, {self.num_threads} are used, one for each CPU")
         self._groups = [[] for _ in self.devices]
         self._pending: Tensor | None = None
         self._tails = []
@@ -186,8 +190,7 @@ class TokenIndexCache(GrowingLayers):
         indexed = self.indexed_range(length)
         with self.stats.timed("store"):
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
-            self._keys[layer_idx][rows, :, :length] = keys
-            self._values[layer_idx][rows, :, :length] = values
+            self._put(layer_idx, rows, slice(length), keys, values)
             if indexed:
                 keys, values = (sinks_and_window(states, self.sinks, self.window) for states in (keys, values))
             self._zones[layer_idx].put(rows, keys, values)
