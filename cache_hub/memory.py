@@ -118,14 +118,14 @@ def prompt_state_bytes(shape: RunShape) -> tuple[int, int]:
     MLP, whichever is more.
 
     First the hidden states, queries, keys, values and the attention's output, T (d + 2 (H + Hkv) D); then hidden states
-    and output with those of `chunk` tokens in the MLP, T (d + H D) + chunk (2 d + 2 I), the queries, keys and values
-    being gone. 524,288 tokens of Llama 3.1 8B in bfloat16 are 14 GiB, then 8 + 1.1. The build of the graph adds its
+    and output with those of `chunk` tokens in the MLP, T (d + H D) + chunk (d + 2 I), the queries, keys and values
+    being gone. 524,288 tokens of Llama 3.1 8B in bfloat16 are 14 GiB, then 8 + 1. The build of the graph adds its
     lists, 2 GiB of 32 keys for each query and .5 to 1 of keys and links, the keys, 1 GiB, and what it selects from; the
     weights are 15 GiB.
     """
     tokens, queries = shape.prefill_bsz * shape.longest, shape.heads * shape.head_dim
     while_built = tokens * (shape.hidden_size + 2 * (queries + shape.kv_heads * shape.head_dim))
-    inner = 2 * (shape.hidden_size + shape.mlp_size) if shape.mlp_size else 0
+    inner = shape.hidden_size + 2 * shape.mlp_size if shape.mlp_size else 0
     in_mlp = tokens * (shape.hidden_size + queries) + min(tokens, shape.chunk) * inner
     return while_built * shape.dtype.itemsize, in_mlp * shape.dtype.itemsize
 

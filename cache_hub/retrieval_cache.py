@@ -136,6 +136,8 @@ class TokenIndexCache(GrowingLayers):
         )
         group, together = shape.heads // shape.kv_heads, rows * shape.prefill_bsz
         built = index.build_bytes(together, group, shape.longest, most, dim)
+        if index.lists_queries and device.type == "cuda":
+            built += shape.prefill_bsz * most * shape.row_bytes  # the keys that the queries there are compared with
         needs += [
             Need(CPU, "index", kept),
             Need(device if index.lists_queries else CPU, "a layer's build", built, "build"),

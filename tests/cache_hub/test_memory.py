@@ -126,14 +126,14 @@ def test_beside_a_gpu_stores_are_pinned_to_the_byte() -> None:
 
 
 def test_states_of_a_prompt_of_an_8b_model() -> None:
-    """524,288 tokens: hidden, queries and output 4 GiB each, keys and values 1; in the MLP 1.1 GiB beside two of them,
+    """524,288 tokens: hidden, queries and output 4 GiB each, keys and values 1; in the MLP 1 GiB beside two of them,
     which is more only where the prompt is short."""
     long = replace(llama(1 << 19), mlp_size=14336, chunk=16384)
-    assert memory.prompt_state_bytes(long) == (14 << 30, (8 << 30) + (16384 * 2 * (4096 + 14336) * 2))
+    assert memory.prompt_state_bytes(long) == (14 << 30, (8 << 30) + (1 << 30))
     assert memory.prompt_state_bytes(llama(1 << 19)) == (14 << 30, 8 << 30)
     short = replace(llama(1 << 10), mlp_size=14336, chunk=16384)
     while_built, in_mlp = memory.prompt_state_bytes(short)
-    assert (while_built, in_mlp) == ((14 << 30) >> 9, (8 << 30 >> 9) + 1024 * 2 * (4096 + 14336) * 2)
+    assert (while_built, in_mlp) == ((14 << 30) >> 9, (8 << 30 >> 9) + (1 << 26))
     assert in_mlp > while_built
     gpu = needs("full", replace(short, devices=(CUDA,)))[CUDA]
     assert gpu["the prompt's states in a layer"] == in_mlp
@@ -143,6 +143,9 @@ def test_where_things_are_beside_a_gpu() -> None:
     graph = needs("attention_aware_graph", llama(1 << 17, device=CUDA))
     assert graph[CPU].keys() == {"keys and values", "index", "clusters"}
     assert graph[CUDA].keys() >= {"static tokens", "the prompt's states in a layer"}
+    here, there = (needs("attention_aware_graph+none", llama(1 << 17, device=device)) for device in (CPU, CUDA))
+    keys = ((1 << 17) - 68) * 2048
+    assert there[CUDA]["a layer's build"] == here[CPU]["a layer's build"] + keys
     assert needs("full", llama(1 << 17, device=CUDA)).keys() == {CUDA}
     assert needs("wave_index", llama(1 << 17, device=CUDA), gpu_only=True).keys() == {CUDA}
     members = needs("wave_index", llama(1 << 17, device=CUDA))[CPU]
