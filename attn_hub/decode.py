@@ -1,11 +1,17 @@
 """Decode attention over weighted parts: Triton kernels for CUDA queries, plain torch elsewhere."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from attn_hub.parts import WeightedPart
-from attn_hub.reference import reference_weighted_decode_attention
+from attn_hub.reference import ReferenceSplits, reference_weighted_decode_attention
+
+if TYPE_CHECKING:
+    from attn_hub.kernels.weighted_decode import TritonSplits
 
 
 def weighted_decode_attention(query: Tensor, parts: Sequence[WeightedPart], scale: float | None = None) -> Tensor:
@@ -24,3 +30,16 @@ def weighted_decode_attention(query: Tensor, parts: Sequence[WeightedPart], scal
 
         return triton_weighted_decode_attention(query, parts, scale)
     return reference_weighted_decode_attention(query, parts, scale)
+
+
+def decode_splits(
+    query: Tensor, parts: Sequence[WeightedPart], scale: float | None = None
+) -> ReferenceSplits | TritonSplits:
+    """`weighted_decode_attention` in steps: `attend(i)` reads the rows and ids of the parts before i, as they are then,
+    `merge()` those of the others, and gives the result. So what is known early is attended to while the ids of another
+    part are still looked for. Arguments and errors as there."""
+    if query.is_cuda:
+        from attn_hub.kernels.weighted_decode import TritonSplits
+
+        return TritonSplits(query, parts, scale)
+    return ReferenceSplits(query, parts, scale)

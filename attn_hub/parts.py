@@ -15,14 +15,19 @@ class WeightedPart:
     """Rows j of one store, each counted exp(w_j) times in the softmax of a decode query.
 
     A token has w_j = 0. A row that stands for a cluster of s tokens has w_j = log(s), the centroid as key and
-    value_sum / s as value. A weight of -inf removes its row, whose value must still be finite.
+    value_sum / s as value. A weight of -inf removes its row, whose value must still be finite. A token attended to
+    exactly whose cluster stands in another part is taken off that cluster by its stand-in, the centroid c: it counts
+    exp(w_j + s q.k_j) - exp(s q.c_j) times, which is the same sum as if the cluster had never held it.
 
     keys, values: [B, Hkv, N, D] float32, bfloat16 or float16 with contiguous rows (any stride between them), on the
         query's device or, for a CUDA query, in pinned host memory.
-    ids: [B, Hkv, T] (one list per kv head) or [B, H, T] (one per query head), int32 or int64, -1 pads; None attends to
-        the first `lengths` rows.
-    log_weights: w, broadcastable to [B, H, T], or with Hkv in place of H; None is 0. T is N where ids is None.
+    ids: [B, Hkv, T] (one list per kv head) or [B, H, T] (one per query head), int32 or int64, -1 pads, lying where
+        keys may; None attends to the first `lengths` rows.
+    log_weights: w, broadcastable to [B, H, T], or with Hkv in place of H, lying where keys may; None is 0. T is N where
+        ids is None.
     lengths: [B, Hkv] int32 or int64, valid rows where ids is None; None is N.
+    stand_ins, stand_in_ids: centroids [B, Hkv, C, D] in the keys' dtype on the query's device, and which of them each
+        of ids stands in for, like ids (-1: none); both or neither.
     """
 
     keys: Tensor
@@ -30,6 +35,8 @@ class WeightedPart:
     ids: Tensor | None = None
     log_weights: Tensor | None = None
     lengths: Tensor | None = None
+    stand_ins: Tensor | None = None
+    stand_in_ids: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -53,17 +60,18 @@ class WeightedPart:
         for name, store in (("keys", keys), ("values", values)):
             if store.stride(3) != 1 and head_dim > 1:
                 raise ValueError(f"{name} have stride {store.stride(3)} in the last dimension, must be 1")
-            if store.device != query.device and not (query.is_cuda and store.is_pinned()):
+            if store.device != query.device and not _pinned(store, query):
                 raise ValueError(f"{name} are on {store.device}, must be on {query.device} or, for CUDA, be pinned")
         self._check_ids(query, kv_heads)
         self._check_log_weights(query, kv_heads)
         self._check_lengths(query, kv_heads)
+        self._check_stand_ins(query)
 
     def _check_ids(self, query: Tensor, kv_heads: int) -> None:
         if self.ids is None:
             return
         batch, heads = query.shape[0], query.shape[2]
-        _check_integer("ids", self.ids, query.device)
+        _check_integer("ids", self.ids, query, host=True)
         if self.ids.dim() != 3 or self.ids.shape[0] != batch or self.ids.shape[1] not in (kv_heads, heads):
             raise ValueError(f"ids are {_shape(self.ids)}, must be [{batch}, {kv_heads}, T] or [{batch}, {heads}, T]")
 
@@ -72,8 +80,9 @@ class WeightedPart:
         if weights is None:
             return
         batch, heads, rows = query.shape[0], query.shape[2], self.num_rows
-        if not weights.is_floating_point() or weights.device != query.device:
-            raise TypeError(f"log_weights are {weights.dtype} on {weights.device}, must be floating on {query.device}")
+        if not weights.is_floating_point() or (weights.device != query.device and not _pinned(weights, query)):
+            where = f"{query.device} or pinned" if query.is_cuda else str(query.device)
+            raise TypeError(f"log_weights are {weights.dtype} on {weights.device}, must be floating on {where}")
         padded = (1,) * (3 - weights.dim()) + tuple(weights.shape)
         allowed = ((1, batch), (1, kv_heads, heads), (1, rows))
         if len(padded) != 3 or any(n not in sizes for n, sizes in zip(padded, allowed, strict=True)):
@@ -87,9 +96,27 @@ class WeightedPart:
             return
         if self.ids is not None:
             raise ValueError("lengths and ids are both given; lengths only counts rows where ids is None (pad with -1)")
-        _check_integer("lengths", self.lengths, query.device)
+        _check_integer("lengths", self.lengths, query)
         if tuple(self.lengths.shape) != (query.shape[0], kv_heads):
             raise ValueError(f"lengths are {_shape(self.lengths)}, must be [{query.shape[0]}, {kv_heads}]")
+
+    def _check_stand_ins(self, query: Tensor) -> None:
+        rows, ids = self.stand_ins, self.stand_in_ids
+        if rows is None and ids is None:
+            return
+        if rows is None or ids is None or self.ids is None:
+            raise ValueError("stand_ins and stand_in_ids must both be given, and only with ids")
+        _check_integer("stand_in_ids", ids, query, host=True)
+        if ids.shape != self.ids.shape:
+            raise ValueError(f"stand_in_ids are {_shape(ids)}, must be {_shape(self.ids)} as ids")
+        keys = self.keys
+        if rows.dim() != 4 or rows.shape[:2] != keys.shape[:2] or rows.shape[3] != keys.shape[3]:
+            raise ValueError(f"stand_ins are {_shape(rows)}, must be {_shape(keys)} as keys, but for the third")
+        if rows.dtype != keys.dtype or rows.device != query.device or rows.stride(3) != 1:
+            raise ValueError(
+                f"stand_ins are {rows.dtype} on {rows.device} with strides {rows.stride()}, must be {keys.dtype} on "
+                f"{query.device} with contiguous rows"
+            )
 
     def grouped_log_weights(self, num_heads: int) -> Tensor | None:
         """log_weights as a [B, Hkv, g, T] view whose broadcast dimensions have stride 0, or None."""
@@ -121,9 +148,15 @@ def check_parts(query: Tensor, parts: Sequence[WeightedPart]) -> None:
             raise type(error)(f"part {i}: {error}") from None
 
 
-def _check_integer(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.dtype not in ID_DTYPES or tensor.device != device:
-        raise TypeError(f"{name} are {tensor.dtype} on {tensor.device}, must be int32 or int64 on {device}")
+def _check_integer(name: str, tensor: Tensor, query: Tensor, host: bool = False) -> None:
+    there = tensor.device == query.device or (host and _pinned(tensor, query))
+    if tensor.dtype not in ID_DTYPES or not there:
+        where = f"{query.device} or pinned" if host and query.is_cuda else str(query.device)
+        raise TypeError(f"{name} are {tensor.dtype} on {tensor.device}, must be int32 or int64 on {where}")
+
+
+def _pinned(tensor: Tensor, query: Tensor) -> bool:
+    return query.is_cuda and tensor.device.type == "cpu" and tensor.is_pinned()
 
 
 def _shape(tensor: Tensor) -> str:

@@ -14,25 +14,44 @@ from torch import Tensor
 from attn_hub.parts import WeightedPart, check_parts
 
 
+class ReferenceSplits:
+    """`attn_hub.kernels.weighted_decode.TritonSplits` in plain torch: attends to some parts now, to others later."""
+
+    def __init__(self, query: Tensor, parts: Sequence[WeightedPart], scale: float | None = None) -> None:
+        check_parts(query, parts)
+        self.parts, self._query = parts, query
+        self._scaled = _scaled_query(query, scale)
+        self._attended = 0
+        self._selected: list[tuple[Tensor, Tensor, bool]] = []
+
+    def attend(self, stop: int) -> None:
+        """Reads the rows of the parts before `stop` that were not attended to yet, as they are now."""
+        for part in self.parts[self._attended : stop]:
+            self._selected += _selected(self._scaled, part)
+        self._attended = max(self._attended, stop)
+
+    def merge(self) -> Tensor:
+        """[B, 1, H, D] over all parts."""
+        self.attend(len(self.parts))
+        shares = _shares([logits for logits, _, _ in self._selected], [away for _, _, away in self._selected])
+        out = _weighted_sum(shares[0], self._selected[0][1])
+        for share, (_, values, _) in zip(shares[1:], self._selected[1:], strict=True):
+            out += _weighted_sum(share, values)
+        return out.unsqueeze(1).to(self._query.dtype)
+
+
 def reference_weighted_decode_attention(
     query: Tensor, parts: Sequence[WeightedPart], scale: float | None = None
 ) -> Tensor:
     """One softmax over the rows of all parts; arguments and result as `attn_hub.weighted_decode_attention`."""
-    check_parts(query, parts)
-    scaled = _scaled_query(query, scale)
-    selected = [_logits_and_values(scaled, part) for part in parts]
-    probabilities = _softmax(torch.cat([logits for logits, _ in selected], dim=-1))
-    split = probabilities.split([logits.shape[2] for logits, _ in selected], dim=-1)
-    out = _weighted_sum(split[0], selected[0][1])
-    for p, (_, values) in zip(split[1:], selected[1:], strict=True):
-        out += _weighted_sum(p, values)
-    return out.unsqueeze(1).to(query.dtype)
+    return ReferenceSplits(query, parts, scale).merge()
 
 
 def partial_attention(query: Tensor, part: WeightedPart, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """Attention over one part alone: out [B, H, D] and its natural log-sum-exp [B, H], float32; 0 and -inf if empty."""
+    """Attention over one part alone: out [B, H, D] and its natural log-sum-exp [B, H], float32; 0 and -inf if empty.
+    Rows that stand-ins are taken from count in full."""
     check_parts(query, [part])
-    logits, values = _logits_and_values(_scaled_query(query, scale), part)
+    logits, values, _ = _selected(_scaled_query(query, scale), part)[0]
     return _weighted_sum(_softmax(logits), values), logits.logsumexp(dim=-1)
 
 
@@ -49,22 +68,43 @@ def _scaled_query(query: Tensor, scale: float | None) -> Tensor:
     return query.squeeze(1).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def _logits_and_values(scaled_query: Tensor, part: WeightedPart) -> tuple[Tensor, Tensor]:
-    """Logits [B, H, T'] and values [B, lists, T', D], float32; masked rows have logit -inf and value 0.
+def _selected(scaled_query: Tensor, part: WeightedPart) -> list[tuple[Tensor, Tensor, bool]]:
+    """Logits [B, H, T'], values [B, lists, T', D], float32, and whether they are taken away: the rows of the part, then
+    their stand-ins with the same values. Masked rows have logit -inf and value 0.
 
     lists is Hkv, or H where each query head has its own ids. T' <= T: rows that no list needs are left out.
     """
-    keys, values, masked = _first_rows(part) if part.ids is None else _gathered_rows(part, part.ids)
+    keys, values, masked = _first_rows(part) if part.ids is None else _gathered_rows(part.keys, part.values, part.ids)
+    logits = _logits(scaled_query, keys)
+    weights = part.grouped_log_weights(logits.shape[1])
+    if weights is not None:
+        logits.view(*weights.shape[:3], -1).add_(weights[..., : logits.shape[2]])
+    if masked is not None:
+        logits.masked_fill_(_by_head(masked, logits), -math.inf)
+    found = [(logits, values.float(), False)]
+    if part.stand_ins is not None and part.stand_in_ids is not None and logits.shape[2]:
+        ids = part.stand_in_ids[..., : logits.shape[2]]
+        ids = ids if masked is None else ids.masked_fill(masked, -1)
+        rows, _, nobody = _gathered_rows(part.stand_ins, part.stand_ins, ids)
+        theirs = _logits(scaled_query, rows)
+        if nobody is not None:
+            theirs.masked_fill_(_by_head(nobody, theirs), -math.inf)
+        if theirs.shape[2]:
+            found.append((theirs, found[0][1][:, :, : theirs.shape[2]], True))
+    return found
+
+
+def _logits(scaled_query: Tensor, keys: Tensor) -> Tensor:
+    """[B, H, T] of scaled_query [B, H, D] and keys [B, lists, T, D]."""
     batch, heads, head_dim = scaled_query.shape
     lists, rows = keys.shape[1:3]
     grouped = scaled_query.reshape(batch, lists, heads // lists, head_dim)
-    logits = grouped @ keys.float().transpose(2, 3)
-    weights = part.grouped_log_weights(heads)
-    if weights is not None:
-        logits.view(*weights.shape[:3], rows).add_(weights[..., :rows])
-    if masked is not None:
-        logits.masked_fill_(masked.unsqueeze(2), -math.inf)
-    return logits.view(batch, heads, rows), values.float()
+    return (grouped @ keys.float().transpose(2, 3)).view(batch, heads, rows)
+
+
+def _by_head(masked: Tensor, logits: Tensor) -> Tensor:
+    """masked [B, lists, T] for each query head, [B, H, T]."""
+    return masked.repeat_interleave(logits.shape[1] // masked.shape[1], 1)
 
 
 def _first_rows(part: WeightedPart) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -82,17 +122,19 @@ def _first_rows(part: WeightedPart) -> tuple[Tensor, Tensor, Tensor | None]:
     return keys, values.masked_fill(masked.unsqueeze(3), 0.0), masked
 
 
-def _gathered_rows(part: WeightedPart, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _gathered_rows(keys: Tensor, values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values [B, lists, T, D] of ids [B, lists, T], and the mask of -1 entries if there are any."""
-    keys, values = part.keys, part.values
     lowest, highest = (int(n) for n in ids.aminmax()) if ids.numel() else (-1, -1)
     if lowest < -1 or highest >= keys.shape[2]:
         raise IndexError(f"ids range over [{lowest}, {highest}], must lie in [-1, {keys.shape[2] - 1}]")
     if highest < 0:
         empty = keys.new_empty(*ids.shape[:2], 0, keys.shape[3])
         return empty, empty, None
-    masked = ids < 0 if lowest < 0 else None
-    ids = ids if masked is None else ids.clamp(min=0)
+    masked = None
+    if lowest < 0:
+        masked = ids < 0
+        used = int((~masked).flatten(0, 1).any(0).nonzero()[-1]) + 1
+        ids, masked = ids[..., :used].clamp(min=0), masked[..., :used]
     at = _flat_rows(ids, keys)
     same_layout = values.stride() == keys.stride()
     keys, values = _take_rows(keys, at), _take_rows(values, at if same_layout else _flat_rows(ids, values))
@@ -132,6 +174,17 @@ def _take_rows(store: Tensor, at: Tensor) -> Tensor:
 
 def _row_step(store: Tensor) -> int:
     return math.gcd(*store.stride()[:3]) or 1
+
+
+def _shares(logits: Sequence[Tensor], away: Sequence[bool]) -> list[Tensor]:
+    """One softmax over the last dimensions of all logits [B, H, T], of which some are taken away from the others."""
+    if not any(away):
+        return list(_softmax(torch.cat(list(logits), -1)).split([part.shape[2] for part in logits], -1))
+    most = torch.cat([part.amax(-1, keepdim=True) for part in logits if part.shape[2]], -1).amax(-1, keepdim=True)
+    most.masked_fill_(most == -math.inf, 0.0)
+    shares = [torch.exp(part - most) * (-1 if taken else 1) for part, taken in zip(logits, away, strict=True)]
+    total = sum((share.sum(-1, keepdim=True) for share in shares), torch.zeros_like(most))
+    return [share / total.masked_fill(total == 0, 1.0) for share in shares]
 
 
 def _softmax(logits: Tensor) -> Tensor:

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attn_hub import WeightedPart, weighted_decode_attention
+from attn_hub import WeightedPart, append_token, decode_splits
 
-from .cache import KV_Cache
 from .index.tensor_file import take
 from .memory import Need, RunShape
+from .staged import StagedCache
 from .stats import CacheStats
 
 if TYPE_CHECKING:
+    from attn_hub.kernels.weighted_decode import TritonSplits
+    from attn_hub.reference import ReferenceSplits
     from config import RetroInferConfig
 
 
-class FullCache(KV_Cache):
+class FullCache(StagedCache):
     """Keeps [B, Hkv, max_length, D] per layer on the layer's device and attends to all of it."""
 
     def __init__(self, **common: Any) -> None:
@@ -63,17 +65,20 @@ class FullCache(KV_Cache):
         self.generated = [0] * self.layer_num
         self.stats = CacheStats(agreement=self.stats.agreement)
 
-    def decode_update_kv_cache(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
-        for b, length in enumerate(self.context_lengths(layer_idx)):
-            self._keys[layer_idx][b, :, length] = key_states[b, 0]
-            self._values[layer_idx][b, :, length] = value_states[b, 0]
-        self._lengths[layer_idx] += 1
-        self.generated[layer_idx] += 1
+    def write_token(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
+        stores = self._keys[layer_idx], self._values[layer_idx], self._lengths[layer_idx]
+        append_token(*stores, key_states, value_states)
 
-    def compute(self, query_states: Tensor, layer_idx: int) -> Tensor:
+    def begin(self, query_states: Tensor, layer_idx: int) -> ReferenceSplits | TritonSplits:
+        part = WeightedPart(self._keys[layer_idx], self._values[layer_idx], None, None, self._lengths[layer_idx])
+        begun = decode_splits(query_states, [part])
+        begun.attend(1)
+        return begun
+
+    def note_step(self, layer_idx: int) -> None:
         tokens = self.kv_head * sum(self.context_lengths(layer_idx))
         self.stats.attended += tokens
         self.stats.attended_of += tokens
-        part = WeightedPart(self._keys[layer_idx], self._values[layer_idx], None, None, self._lengths[layer_idx])
-        with self.stats.timed("attention"):
-            return weighted_decode_attention(query_states, [part])
+
+    def captured(self, layer_idx: int) -> tuple[int, ...]:
+        return (self._keys[layer_idx].data_ptr(),)

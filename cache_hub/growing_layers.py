@@ -39,7 +39,12 @@ class GrowingLayers(SavedLayers):
             self._keys.append(store[..., 0, :])
             self._values.append(store[..., 1, :])
             self._zones.append(StaticZone(*rows, static, self.head_dim, self.dtype, device))
-        self._latest = [LatestQueries(batch, layer * batch // self.layer_num) for layer in range(self.layer_num)]
+        self._due: dict[int, Tensor] = {}
+        self._latest = self._latest_queries()
+
+    def _latest_queries(self) -> list[LatestQueries]:
+        batch, layers = self.insert_batch, range(self.layer_num)
+        return [LatestQueries(batch, layer * batch // self.layer_num) for layer in layers]
 
     def _put(self, layer_idx: int, sequences: slice, tokens: slice, keys: Tensor, values: Tensor) -> None:
         """Stores keys and values [b, Hkv, T, D] of the sequences' `tokens`; they are there when it returns."""
@@ -59,24 +64,37 @@ class GrowingLayers(SavedLayers):
         """Generated tokens of a sequence that the furthest layer has in its index."""
         return max(latest.batches for latest in self._latest) * self.insert_batch
 
-    def decode_update_kv_cache(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
-        self._zones[layer_idx].append(key_states, value_states)
-        self.generated[layer_idx] += 1
+    def make_room(self, layer_idx: int) -> None:
+        self._zones[layer_idx].make_room()
 
-    def _grow(self, query_states: Tensor, layer_idx: int) -> None:
-        """Keeps the query [B, 1, H, D]; when the layer's turn comes, the oldest batch goes from the static zone into
-        store, index and tail."""
-        batch, step = self.insert_batch, self.generated[layer_idx]
-        queries = self._latest[layer_idx].put(step, query_states)
+    def write_token(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
+        self._zones[layer_idx].write(key_states, value_states)
+
+    def count_token(self, layer_idx: int) -> None:
+        super().count_token(layer_idx)
+        self._zones[layer_idx].count()
+
+    def keep_query(self, queries: Tensor, layer_idx: int) -> None:
+        """Takes the step's queries [B, H, D], of which a batch that enters the index is linked by."""
+        if self.insert_batch and self.generated[layer_idx] <= self.max_new_length:
+            due = self._latest[layer_idx].put(self.generated[layer_idx], queries)
+            if due is not None:
+                self._due[layer_idx] = due
+
+    def turn(self, layer_idx: int) -> None:
+        """When the layer's turn has come, the oldest batch goes from the static zone into store, index and tail."""
+        queries = self._due.pop(layer_idx, None)
         if queries is None:
             return
-        for group in self._groups[layer_idx]:
-            keys, values = self._zones[layer_idx].take(group.sequences, self.sinks, batch)
-            self._put(layer_idx, group.sequences, slice(group.stop, group.stop + batch), keys, values)
-            group.insert(self._keys[layer_idx], batch, queries, self.prompt_lengths[group.start] + step - batch)
-            if self._tails:
-                moment = query_moment(group.by_row(queries, self.kv_head))
-                self._tails[layer_idx].add(group.sequences, keys, values, moment)
+        batch, step = self.insert_batch, self.generated[layer_idx]
+        with self.stats.timed("insert"):
+            for group in self._groups[layer_idx]:
+                keys, values = self._zones[layer_idx].take(group.sequences, self.sinks, batch)
+                self._put(layer_idx, group.sequences, slice(group.stop, group.stop + batch), keys, values)
+                group.insert(self._keys[layer_idx], batch, queries, self.prompt_lengths[group.start] + step - batch)
+                if self._tails:
+                    moment = query_moment(group.by_row(queries, self.kv_head))
+                    self._tails[layer_idx].add(group.sequences, keys, values, moment)
 
 
 def inserted_at_once(insert_batch: int, max_new_length: int) -> int:

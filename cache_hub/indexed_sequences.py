@@ -7,8 +7,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .index import SearchResult, TokenIndex, _native
+from .index import TokenIndex, _native
 from .lift import SoftmaxLift
+
+
+@dataclass(frozen=True)
+class HostBuffers:
+    """What device and host hand each other in the steps of one device's layers, one layer after the other; pinned
+    beside a GPU.
+
+    queries [B * Hkv, g, D] float32; positions [B, Hkv, g * k] int32 of the tokens to attend to, clusters likewise, of
+    their clusters, -1 pads; log_weights [B, Hkv, g * k] float32 where tokens are a weighted sample.
+    """
+
+    queries: Tensor
+    positions: Tensor
+    clusters: Tensor
+    log_weights: Tensor | None
+
+    @classmethod
+    def of(
+        cls, batch: int, kv_heads: int, group: int, head_dim: int, k: int, pinned: bool, lifted: bool
+    ) -> HostBuffers:
+        places = (batch, kv_heads, group * k)
+        positions, clusters = (torch.full(places, -1, dtype=torch.int32, pin_memory=pinned) for _ in range(2))
+        queries = torch.zeros(batch * kv_heads, group, head_dim, pin_memory=pinned)
+        return cls(queries, positions, clusters, torch.zeros(places, pin_memory=pinned) if lifted else None)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found for the rows of some sequences: ids [R, g, k] int32, best first, -1 pads; keys_scored [R, g]
+    int64; attended: how many tokens their groups attend to, all rows together."""
+
+    ids: Tensor
+    keys_scored: Tensor
+    attended: int
 
 
 @dataclass
@@ -32,29 +66,31 @@ class IndexedSequences:
     def sequences(self) -> slice:
         return slice(self.start, self.start + self.count)
 
+    def rows(self, kv_heads: int) -> slice:
+        """Of all sequences' kv heads, those of these sequences."""
+        return slice(self.start * kv_heads, (self.start + self.count) * kv_heads)
+
     def tokens(self, store: Tensor) -> Tensor:
         """The indexed tokens' rows [count, Hkv, N, D] of a store [B, Hkv, L, D]; copies nothing."""
         return store[self.sequences, :, self.first : self.stop]
 
-    def retrieve(
-        self, queries: Tensor, k: int, warm_start: int, positions: Tensor, log_weights: Tensor | None
-    ) -> tuple[SearchResult, int, int]:
-        """What the index finds for queries [count * Hkv, g, D], k a query head. Writes the tokens to attend to, each
-        group's union, into positions [count, Hkv, g * k] int32 on the CPU, contiguous, with -1 pads, and where there is
-        a sampler their log weights likewise. Returns also how many tokens that are, and the places that may hold any.
-        warm_start: hits of the step before that the search may start from.
-        """
+    def retrieve(self, buffers: HostBuffers, k: int, warm_start: int) -> Found:
+        """Writes what the index finds for the queries, k a query head, into the buffers: positions of each group's
+        union, or of its sample with the log weights. warm_start: hits of the step before that the search may start
+        from."""
+        kv_heads = buffers.positions.shape[1]
+        queries, positions = buffers.queries[self.rows(kv_heads)], buffers.positions[self.sequences]
         near = None if self.hits is None or not warm_start else self.hits[..., :warm_start]
-        if self.lift is None or log_weights is None:
+        if self.lift is None or buffers.log_weights is None:
             found = self.index.search(queries, k, near)
             ids = self.hits = found.ids.cpu().contiguous()
             counts = _native.unite(ids.data_ptr(), len(ids), ids[0].numel(), self.first, positions.data_ptr())
-            return found, sum(counts), max(counts)
+            return Found(ids, found.keys_scored, sum(counts))
         sample, found = self.lift.search(queries, k, near)
         self.hits = found.ids.cpu()
         positions[:] = torch.where(sample.ids >= 0, sample.ids + self.first, -1).view_as(positions)
-        log_weights[:] = sample.log_weights.view_as(log_weights)
-        return found, int((sample.ids >= 0).sum()), positions.shape[2]
+        buffers.log_weights[self.sequences] = sample.log_weights.view_as(positions)
+        return Found(self.hits, found.keys_scored, int((sample.ids >= 0).sum()))
 
     def insert(self, store: Tensor, tokens: int, queries: Tensor, asked_from: int) -> None:
         """Takes up the `tokens` behind those indexed. queries [M, B, H, D] of consecutive positions from asked_from on,
@@ -72,8 +108,8 @@ class IndexedSequences:
 
 
 class LatestQueries:
-    """The queries [B, H, D] of a layer's last `steps` decode steps, and never of more. Every `steps` steps, `turn`
-    steps late, it is the layer's turn; batches: how often it was."""
+    """The queries [B, H, D] of a layer's last `steps` decode steps, and never of more, in CPU memory. Every `steps`
+    steps, `turn` steps late, it is the layer's turn; batches: how often it was."""
 
     def __init__(self, steps: int, turn: int) -> None:
         self._steps, self._turn = steps, turn
@@ -81,11 +117,11 @@ class LatestQueries:
         self.batches = 0
 
     def put(self, step: int, query: Tensor) -> Tensor | None:
-        """Takes those [B, 1, H, D] of decode step `step`, counted from 1 on. Where it is the layer's turn, all that are
+        """Takes those [B, H, D] of decode step `step`, counted from 1 on. Where it is the layer's turn, all that are
         kept [steps, B, H, D], oldest first."""
         if self._ring is None:
-            self._ring = query.new_empty(self._steps, *query[:, 0].shape)
-        self._ring[(step - 1) % self._steps] = query[:, 0]
+            self._ring = query.new_empty(self._steps, *query.shape)
+        self._ring[(step - 1) % self._steps] = query
         if step < (self.batches + 1) * self._steps + self._turn:
             return None
         self.batches += 1

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attn_hub import WeightedPart, weighted_decode_attention
+from attn_hub import WeightedPart, decode_splits, post
 from config import ESTIMATIONS
 
 from .diagnosis import agreement_with_exact
 from .growing_layers import GrowingLayers, inserted_at_once, static_and_grown
-from .index import SearchResult, TokenIndex
+from .index import TokenIndex
 from .index._native import trim_memory
 from .index.metric import LATE_QUERIES, query_moment
-from .indexed_sequences import IndexedSequences
+from .indexed_sequences import Found, HostBuffers, IndexedSequences
 from .lift import SoftmaxLift
 from .memory import CPU, Need, RunShape, usable_cpus
 from .static_zone import check_static, sinks_and_window
@@ -28,6 +28,8 @@ from .stats import Agreement, CacheStats
 from .tail import CentroidTail
 
 if TYPE_CHECKING:
+    from attn_hub.kernels.weighted_decode import TritonSplits
+    from attn_hub.reference import ReferenceSplits
     from config import RetroInferConfig
 
 
@@ -88,6 +90,8 @@ class TokenIndexCache(GrowingLayers):
         self._groups = [[] for _ in self.devices]
         self._pending: Tensor | None = None
         self._tails = []
+        self._buffers: dict[torch.device, HostBuffers] = {}
+        self._chosen: Tensor | None = None  # clusters that the layer begun last attends to, where that is not all
         self._tail_seconds = 0.0
         self._prompt_seconds: dict[str, float] = {}
         self._allocate()
@@ -159,6 +163,7 @@ class TokenIndexCache(GrowingLayers):
     def retune(self, settings: RetroInferConfig) -> None:
         options = self.options(settings)
         self.top_k, self.estimation = options["top_k"], options["estimation"]
+        self._buffers.clear()
         self.warm_start = options["warm_start"]
         self.estimation_budget = options["estimation_budget"]
         for stage in ("build", "cluster"):
@@ -176,6 +181,8 @@ class TokenIndexCache(GrowingLayers):
         self.generated = [0] * self.layer_num
         for group in itertools.chain.from_iterable(self._groups):
             group.hits = None
+        self._latest = self._latest_queries()
+        self._due.clear()
         self.stats = CacheStats(
             seconds=defaultdict(float, self._prompt_seconds),
             notes=self.stats.notes,
@@ -256,81 +263,109 @@ class TokenIndexCache(GrowingLayers):
             self.stats.seconds[stage] += self._tail_seconds
 
     def _new_tail(self, layer_idx: int) -> CentroidTail:
-        how = (self.dtype, self.devices[layer_idx], self.num_threads)
+        batches = self.max_new_length // self.insert_batch if self.insert_batch else 0
+        how = (self.dtype, self.devices[layer_idx], (batches, self.insert_batch))
         tail = CentroidTail(self.batch_size, self.kv_head, self.head_dim, *how)
         for group in self._groups[layer_idx]:
             keys, values = (group.tokens(stores[layer_idx]) for stores in (self._keys, self._values))
             tail.add(group.sequences, keys, values, group.query_moment)
         return tail
 
-    def compute(self, query_states: Tensor, layer_idx: int) -> Tensor:
+    def needs_host(self, layer_idx: int) -> bool:
+        return bool(self._groups[layer_idx])
+
+    def _buffers_of(self, layer_idx: int) -> HostBuffers:
+        device = self.devices[layer_idx]
+        if device not in self._buffers:
+            sizes = (self.batch_size, self.kv_head, self.group_size, self.head_dim, self.top_k)
+            self._buffers[device] = HostBuffers.of(
+                *sizes, pinned=device.type == "cuda", lifted=self.estimation == "softmax_lift"
+            )
+        return self._buffers[device]
+
+    def _tail_of(self, layer_idx: int) -> CentroidTail | None:
+        return self._tails[layer_idx] if self.estimation == "centroid" else None
+
+    def post_query(self, query_states: Tensor, layer_idx: int) -> None:
+        post(query_states, self._buffers_of(layer_idx).queries)
+
+    def begin(self, query_states: Tensor, layer_idx: int) -> ReferenceSplits | TritonSplits:
+        """Attends to the static tokens and the clusters, as if nothing were retrieved."""
         parts = [self._zones[layer_idx].part()]
+        ready = 1
         if self._groups[layer_idx]:
-            with self.stats.timed("search"):
-                found, ids, log_weights = self._retrieve(query_states, layer_idx)
-            if self.stats.agreement is not None:
-                with self.stats.timed("diagnosis"):
-                    self._compare(query_states, found, layer_idx, self.stats.agreement)
-            there = ids.to(query_states.device, non_blocking=True)
-            parts.append(WeightedPart(self._keys[layer_idx], self._values[layer_idx], there, log_weights, None))
-            if self.estimation == "centroid":
-                with self.stats.timed("estimate"):
-                    values = self._values[layer_idx]
-                    rest, clusters = self._tails[layer_idx].parts(query_states, ids, values, self.sinks)
-                self.stats.estimated += clusters
-                if self.estimation_budget < 1:
-                    self._count_centroids(sum(self._tails[layer_idx].clusters))
-                parts += rest
-        self._count_tokens(layer_idx)
-        with self.stats.timed("attention"):
-            attended = weighted_decode_attention(query_states, parts)
-        if self.insert_batch and self._groups[layer_idx] and self.generated[layer_idx] <= self.max_new_length:
-            with self.stats.timed("insert"):
-                self._grow(query_states, layer_idx)
-        return attended
+            tail, buffers = self._tail_of(layer_idx), self._buffers_of(layer_idx)
+            stores = self._keys[layer_idx], self._values[layer_idx]
+            retrieved = WeightedPart(*stores, buffers.positions, buffers.log_weights)
+            if tail is not None:
+                clusters, self._chosen = tail.part(query_states)
+                parts.append(clusters)
+                ready += 1
+                retrieved.stand_ins, retrieved.stand_in_ids = tail.centroids, buffers.clusters
+            parts.append(retrieved)
+        begun = decode_splits(query_states, parts)
+        begun.attend(ready)
+        return begun
 
-    def _retrieve(self, query_states: Tensor, layer_idx: int) -> tuple[list[SearchResult], Tensor, Tensor | None]:
-        """What every group's search found, and the positions to attend to: the union over
-        each kv head's group, [B, Hkv, T <= g * top_k] int32 on the CPU, -1 pads; their log weights on the query's
-        device."""
-        # [B, 1, Hkv * g, D] -> [B * Hkv, g, D]
-        queries = query_states.reshape(-1, self.group_size, self.head_dim)
-        shape = (self.batch_size, self.kv_head, self.group_size * self.top_k)
-        pinned = query_states.is_cuda
-        ids = torch.full(shape, -1, dtype=torch.int32)
-        weights = torch.zeros(shape, pin_memory=pinned) if self.estimation == "softmax_lift" else None
-        found, most = [], 0
-        for group in self._groups[layer_idx]:
-            rows = slice(group.start * self.kv_head, (group.start + group.count) * self.kv_head)
-            sequences = group.sequences
-            own = weights[sequences] if weights is not None else None
-            result, attended, width = group.retrieve(queries[rows], self.top_k, self.warm_start, ids[sequences], own)
-            most = max(most, width)
-            found.append(result)
-            scored = int(result.keys_scored.sum())
+    def retrieve(self, layer_idx: int) -> None:
+        buffers, groups, tail = self._buffers_of(layer_idx), self._groups[layer_idx], self._tail_of(layer_idx)
+        with self.stats.timed("search"):
+            found = [group.retrieve(buffers, self.top_k, self.warm_start) for group in groups]
+            if tail is not None:
+                for group in groups:
+                    positions = buffers.positions[group.sequences]
+                    clusters = tail.clusters_of(positions, group.first, group.sequences)
+                    buffers.clusters[group.sequences] = clusters
+        for group, one in zip(groups, found, strict=True):
+            scored = int(one.keys_scored.sum())
             self.stats.scored += scored
-            self.stats.scored_bytes += group.index.scored_bytes(scored, result.keys_scored.numel(), result.ids.shape[2])
-            self.stats.attended += attended
-            self.stats.bytes_moved += 2 * attended * self.head_dim * self.dtype.itemsize
-        out = torch.empty((*shape[:2], most), dtype=torch.int32, pin_memory=pinned).copy_(ids[..., :most])
-        return found, out, None if weights is None else weights.to(query_states.device, non_blocking=True)
+            self.stats.scored_bytes += group.index.scored_bytes(scored, one.keys_scored.numel(), one.ids.shape[2])
+            self.stats.attended += one.attended
+            self.stats.bytes_moved += 2 * one.attended * self.head_dim * self.dtype.itemsize
+        if tail is not None:
+            self.stats.estimated += tail.attended
+            if self.estimation_budget < 1:
+                self._count_centroids(sum(tail.clusters))
+        if self.stats.agreement is not None:
+            with self.stats.timed("diagnosis"):
+                self._compare(buffers.queries, found, layer_idx, self.stats.agreement)
+        self.keep_query(buffers.queries.view(self.batch_size, self.num_heads, self.head_dim), layer_idx)
+        self.note_step(layer_idx)
 
-    def _count_tokens(self, layer_idx: int) -> None:
+    def end(self, begun: ReferenceSplits | TritonSplits, layer_idx: int) -> Tensor:
+        retrieved = begun.parts[-1]
+        if retrieved.stand_in_ids is not None and self._chosen is not None:
+            ids = retrieved.stand_in_ids.to(self._chosen.device, non_blocking=True)
+            there = self._chosen.gather(2, ids.clamp(min=0).long()) & (ids >= 0)
+            retrieved.stand_in_ids = torch.where(there, ids, -1)
+        return begun.merge()
+
+    def captured(self, layer_idx: int) -> tuple[int, ...]:
+        zone, tail = self._zones[layer_idx], self._tail_of(layer_idx)
+        held = [zone.keys, self._keys[layer_idx]]
+        if self._groups[layer_idx]:
+            held.append(self._buffers_of(layer_idx).positions)
+        if tail is not None:
+            held.append(tail.centroids)
+        chosen = tail.attended if tail is not None and tail.share < 1 else 0
+        return (*(tensor.data_ptr() for tensor in held), chosen)
+
+    def note_step(self, layer_idx: int) -> None:
         static = sum(self._zones[layer_idx].counts)
         context = sum(self.context_lengths(layer_idx))
         self.stats.attended += static * self.kv_head
         self.stats.attended_of += context * self.kv_head
         self.stats.scored_of += context * self.num_heads
 
-    def _compare(self, query_states: Tensor, found: list[SearchResult], layer_idx: int, agreement: Agreement) -> None:
-        """Adds recall and attention mass of one step, by an exact scan of every group's keys."""
+    def _compare(self, queries: Tensor, found: list[Found], layer_idx: int, agreement: Agreement) -> None:
+        """Adds recall and attention mass of one step for queries [B * Hkv, g, D], by an exact scan of every group's
+        keys."""
         for group, result in zip(self._groups[layer_idx], found, strict=True):
             sequences = group.sequences
-            queries = query_states[sequences].reshape(-1, self.group_size, self.head_dim).cpu()
             keys = group.tokens(self._keys[layer_idx]).flatten(0, 1)
             zone = self._zones[layer_idx]
             static_keys = zone.keys[sequences, :, : zone.counts[group.start]].flatten(0, 1).cpu()
-            tables = agreement_with_exact(queries, keys, static_keys, result.ids.cpu(), self.top_k)
+            tables = agreement_with_exact(queries[group.rows(self.kv_head)], keys, static_keys, result.ids, self.top_k)
             each = (table.view(group.count, self.num_heads) for table in (*tables, result.keys_scored))
             agreement.add(layer_idx, *each)
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .cache import KV_Cache
 from .index import TokenIndex
 from .index.persistence import load_index
 from .index.tensor_file import take
 from .lift import SoftmaxLift
+from .staged import StagedCache
 from .static_zone import StaticZone, sinks_and_window
 from .tail import CentroidTail
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .indexed_sequences import IndexedSequences
 
 
-class SavedLayers(KV_Cache):
+class SavedLayers(StagedCache):
     """The part of TokenIndexCache that saves and restores the prompt's state, for one sequence.
 
     A layer's file holds keys and values [1, Hkv, L, D] of the prompt, the second moment of its late queries, the
@@ -105,7 +105,7 @@ class SavedLayers(KV_Cache):
             self.note_full(length)
         self._zones[layer_idx].put(slice(0, 1), keys, values)
         if "assignment" in tensors:
-            tail = CentroidTail(1, self.kv_head, self.head_dim, self.dtype, device, self.num_threads)
+            tail = CentroidTail(1, self.kv_head, self.head_dim, self.dtype, device)
             tail.restore(tensors, len(indexed))
             self._tails.append(tail)
         if len(self._tails) not in (0, layer_idx + 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attn_hub import WeightedPart
+from attn_hub import WeightedPart, append_token
 
 
 class StaticZone:
@@ -33,22 +33,25 @@ class StaticZone:
 
     def append(self, key_states: Tensor, value_states: Tensor) -> None:
         """Adds one token [B, 1, Hkv, D] to every sequence."""
+        self.make_room()
+        self.write(key_states, value_states)
+        self.count()
+
+    def make_room(self) -> None:
+        """Grows where a sequence has used up the capacity."""
         capacity = self.keys.shape[2]
         if max(self.counts) == capacity:
             more = (*self.keys.shape[:2], max(capacity // 2, 64), self.keys.shape[3])
             self.keys = torch.cat((self.keys, self.keys.new_empty(more)), 2)
             self.values = torch.cat((self.values, self.values.new_empty(more)), 2)
-        for sequences, at in self._ends():
-            self.keys[sequences, :, at] = key_states[sequences, 0]
-            self.values[sequences, :, at] = value_states[sequences, 0]
-        self.counts = [count + 1 for count in self.counts]
-        self._lengths += 1
 
-    def _ends(self) -> list[tuple[slice, int]]:
-        """Where the sequences end: together, where all have the same length, for few copies."""
-        if len(set(self.counts)) == 1:
-            return [(slice(None), self.counts[0])]
-        return [(slice(b, b + 1), at) for b, at in enumerate(self.counts)]
+    def write(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The device's part of `append`, where there is room."""
+        append_token(self.keys, self.values, self._lengths, key_states, value_states)
+
+    def count(self) -> None:
+        """The host's part of `append`."""
+        self.counts = [count + 1 for count in self.counts]
 
     def drop_last(self, tokens: int) -> None:
         """Forgets the tokens of every sequence that came last."""

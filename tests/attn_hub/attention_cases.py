@@ -1,6 +1,7 @@
 """Inputs of the attention tests, and weighted attention written out row by row in float64."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -22,10 +23,7 @@ def move(parts: Sequence[WeightedPart], device: str) -> list[WeightedPart]:
     def to(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(device)
 
-    return [
-        WeightedPart(part.keys.to(device), part.values.to(device), to(part.ids), to(part.log_weights), to(part.lengths))
-        for part in parts
-    ]
+    return [WeightedPart(**{field.name: to(getattr(part, field.name)) for field in fields(part)}) for part in parts]
 
 
 def written_out_attention(query: Tensor, parts: Sequence[WeightedPart], scale: float | None = None) -> Tensor:
@@ -35,7 +33,7 @@ def written_out_attention(query: Tensor, parts: Sequence[WeightedPart], scale: f
     out = torch.zeros(batch, 1, heads, head_dim, dtype=torch.float64)
     for b in range(batch):
         for h in range(heads):
-            logits, values = [], []
+            logits, values, signs = [], [], []
             for part in parts:
                 kv_heads = part.keys.shape[1]
                 kv = h // (heads // kv_heads)
@@ -53,9 +51,17 @@ def written_out_attention(query: Tensor, parts: Sequence[WeightedPart], scale: f
                 key_rows = part.keys[b, kv, rows[kept]].double()
                 logits.append(scale * key_rows @ query[b, 0, h].double() + weights[b, h, kept])
                 values.append(part.values[b, kv, rows[kept]].double())
+                signs.append(torch.ones(len(kept), dtype=torch.float64))
+                if part.stand_ins is not None:
+                    others = part.stand_in_ids[b, h if part.ids.shape[1] == heads else kv, kept].long()
+                    there = (others >= 0).nonzero().squeeze(1)
+                    logits.append(scale * part.stand_ins[b, kv, others[there]].double() @ query[b, 0, h].double())
+                    values.append(values[-1][there])
+                    signs.append(-torch.ones(len(there), dtype=torch.float64))
             joined = torch.cat(logits)
             if joined.numel():
-                out[b, 0, h] = joined.softmax(0) @ torch.cat(values)
+                shares = (joined - joined.max()).exp() * torch.cat(signs)
+                out[b, 0, h] = shares @ torch.cat(values) / shares.sum()
     return out
 
 

@@ -6,6 +6,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from attn_hub.kernels.copy_rows import copy_rows_kernel
+from attn_hub.kernels.hand_over import append_token_kernel, post_kernel
 from attn_hub.kernels.weighted_decode import attend_rows_kernel, merge_splits_kernel
 from cache_hub.index.projection import pair_scores_kernel, prune_fill_kernel
 from cache_hub.index.streaming_topk import chunk_maxima_kernel, chunk_scores_kernel, largest_kernel
@@ -29,9 +30,11 @@ def compile_attend(capability: int, store: str, block_rows: int, head_dim: int, 
     compute = {"*bf16": tl.bfloat16, "*fp32": tl.float32}[store]
     constants = {"HEAD_DIM": head_dim, "HEADS_PER_LIST": 4, "LISTS_PER_KV_HEAD": 1, "COMPUTE": compute}
     constants |= {"BLOCK_H": 16, "BLOCK_N": block_rows, "BLOCK_D": triton.next_power_of_2(head_dim)}
-    constants |= {name: None for name in ("ids", "log_weights", "lengths") if name not in optional}
+    constants |= {
+        name: None for name in ("ids", "log_weights", "lengths", "stand_ins", "stand_in_ids") if name not in optional
+    }
     types = {"query": store, "keys": store, "values": store, "scale": "fp32"}
-    types |= {"partial_out": "*fp32", "partial_lse": "*fp32", **optional}
+    types |= {"partial_out": "*fp32", "partial_sum": "*fp32", "partial_max": "*fp32", **optional}
     compile_kernel(attend_rows_kernel, capability, types, constants)
 
 
@@ -39,10 +42,14 @@ if __name__ == "__main__":
     compile_attend(80, "*bf16", 64, 128, {"lengths": "*i32"})
     compile_attend(90, "*bf16", 64, 80, {"ids": "*i32", "log_weights": "*fp32"})
     compile_attend(90, "*fp32", 32, 128, {"ids": "*i64"})
-    merge_types = {"partial_out": "*fp32", "partial_lse": "*fp32", "out": "*bf16"}
+    compile_attend(90, "*bf16", 32, 128, {"ids": "*i32", "stand_ins": "*bf16", "stand_in_ids": "*i32"})
+    merge_types = {"partial_out": "*fp32", "partial_sum": "*fp32", "partial_max": "*fp32", "out": "*bf16"}
     compile_kernel(merge_splits_kernel, 80, merge_types, {"HEAD_DIM": 80, "BLOCK_S": 32, "BLOCK_D": 128})
     copy_types = {"source": "*bf16", "target": "*bf16", "source_ids": "*i64", "target_ids": "*i64"}
     compile_kernel(copy_rows_kernel, 80, copy_types, {"HEAD_DIM": 80, "BLOCK_N": 32, "BLOCK_D": 128})
+    append_types = dict.fromkeys(("keys", "values", "key", "value"), "*bf16") | {"lengths": "*i32"}
+    compile_kernel(append_token_kernel, 80, append_types, {"HEAD_DIM": 80, "BLOCK_D": 128})
+    compile_kernel(post_kernel, 80, {"source": "*bf16", "target": "*fp32"}, {"BLOCK": 1024})
     prune_types = {"keys": "*bf16", "candidates": "*i64", "scores": "*fp32", "begin": "*i64", "links": "*i32"}
     for capability in (80, 90):
         for width, dim in ((16, 64), (32, 256)):

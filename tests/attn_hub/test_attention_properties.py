@@ -75,6 +75,43 @@ def test_order_of_parts_and_rows_does_not_matter(attention):
     _close(_run(attention, query, parts), expected)
 
 
+@pytest.mark.parametrize("group", [1, 3, 4])
+@pytest.mark.parametrize("rows", [1, 63, 127])
+def test_stand_ins_take_tokens_off_their_clusters(attention, rows, group):
+    """The same as if each cluster had never held the tokens that are attended to exactly."""
+    kv_heads, clusters = 2, max(rows // 5, 1)
+    query = torch.randn(B, 1, kv_heads * group, D)
+    keys, values = random_store(B, kv_heads, rows, D), random_store(B, kv_heads, rows, D)
+    cluster_of = torch.randint(0, clusters, (B, kv_heads, rows), dtype=torch.int32)
+    ids = torch.full((B, kv_heads, rows), -1, dtype=torch.int32)
+    for b in range(B):
+        for h in range(kv_heads):
+            ids[b, h, : rows // 2] = torch.randperm(rows)[: rows // 2]
+    lost = torch.zeros(B, kv_heads, rows, dtype=torch.bool)
+    for b in range(B):
+        for h in range(kv_heads):
+            lost[b, h, ids[b, h][ids[b, h] >= 0].long()] = True
+    centroids, sums, left = (torch.zeros(B, kv_heads, clusters, D) for _ in range(3))
+    sizes, kept = torch.zeros(2, B, kv_heads, clusters)
+    at = cluster_of.long()
+    for table, source in ((centroids, keys), (sums, values), (left, values * ~lost[..., None])):
+        table.scatter_add_(2, at[..., None].expand_as(source), source)
+    sizes.scatter_add_(2, at, torch.ones_like(lost, dtype=torch.float32))
+    kept.scatter_add_(2, at, (~lost).float())
+    centroids /= sizes.clamp(min=1)[..., None]
+    exact = WeightedPart(keys, values, ids)
+    reduced = WeightedPart(centroids, left / kept.clamp(min=1)[..., None], log_weights=kept.log())
+    expected = written_out_attention(query, [exact, reduced])
+    others = torch.where(ids >= 0, cluster_of.gather(2, ids.clamp(min=0).long()), -1)
+    whole = WeightedPart(centroids, sums / sizes.clamp(min=1)[..., None], log_weights=sizes.log())
+    parts = [whole, WeightedPart(keys, values, ids, stand_ins=centroids, stand_in_ids=others)]
+    _close(_run(attention, query, parts), expected, 5e-6)
+    _close(written_out_attention(query, parts), expected, 1e-6)
+    # As if no token belonged to a cluster.
+    parts[1].stand_in_ids = torch.full_like(others, -1)
+    _close(_run(attention, query, parts), written_out_attention(query, [whole, exact]), 2e-6)
+
+
 def test_a_cluster_row_of_equal_keys_counts_as_its_tokens(attention):
     query, sizes = _query(), [1, 5, 30]
     centroids = random_store(B, HKV, len(sizes), D)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from attn_hub.reference import partial_attention, reference_weighted_decode_attention
+from attn_hub import WeightedPart, weighted_decode_attention
+from attn_hub.reference import partial_attention
 from cache_hub.tail import CentroidTail
 
 
@@ -28,25 +29,36 @@ def some_ids(rows: tuple[int, int], n: int, count: int) -> torch.Tensor:
     return torch.cat((pads, ids, pads), 2).int()
 
 
-def plain(
-    tail: CentroidTail, query: torch.Tensor, values: torch.Tensor, ids: torch.Tensor, lengths: list[int] | None = None
+def attend(
+    tail: CentroidTail, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
-    """Attention over what is left of every cluster, one by one, in float64: [B, 1, H, D]. lengths: of the sequences."""
+    """Attention to the clusters and, exactly, to the tokens ids, as a cache with `tail` attends to them."""
+    clusters, _ = tail.part(query)
+    of = tail.clusters_of(ids, 0, slice(0, len(ids)))
+    return weighted_decode_attention(
+        query, [clusters, WeightedPart(keys, values, ids, stand_ins=tail.centroids, stand_in_ids=of)]
+    )
+
+
+def plain(
+    tail: CentroidTail, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    """Attention to the tokens ids and to what is left of every cluster, one by one, in float64: [B, 1, H, D]."""
     batch, heads = tail.sizes.shape[:2]
     group, dim = query.shape[2] // heads, query.shape[3]
     out = torch.zeros(query.shape, dtype=torch.float64)
     for b in range(batch):
         for head in range(query.shape[2]):
-            gone = set(ids[b, head // group].tolist())
-            weights, means = [], []
+            kv, asked = head // group, query[b, 0, head].double() / dim**0.5
+            gone = sorted(set(ids[b, kv].tolist()) - {-1})
+            weights = [(asked @ keys[b, kv, token].double()).exp() for token in gone]
+            means = [values[b, kv, token].double() for token in gone]
             for cluster in range(tail.clusters[b]):
-                assignment = tail.assignment[b, head // group, : lengths[b] if lengths else None]
-                members = (assignment == cluster).nonzero().flatten().tolist()
+                members = (tail.assignment[b, kv, : tail._tokens[b]] == cluster).nonzero().flatten().tolist()
                 left = [token for token in members if token not in gone]
                 if left:
-                    logit = query[b, 0, head].double() @ tail.centroids[b, head // group, cluster].double() / dim**0.5
-                    weights.append(len(left) * logit.exp())
-                    means.append(values[b, head // group, left].double().mean(0))
+                    weights.append(len(left) * (asked @ tail.centroids[b, kv, cluster].double()).exp())
+                    means.append(values[b, kv, left].double().mean(0))
             share = torch.stack(weights) / sum(weights)
             out[b, 0, head] = share @ torch.stack(means)
     return out
@@ -56,22 +68,16 @@ def plain(
     ("rows", "n", "group", "dim", "retrieved"),
     [((1, 1), 1, 1, 64, 0), ((1, 1), 63, 1, 64, 0), ((2, 2), 127, 3, 64, 40), ((1, 2), 97, 4, 128, 90)],
 )
-def test_parts_are_the_clusters_less_what_was_retrieved(
+def test_what_is_retrieved_leaves_its_clusters(
     rows: tuple[int, int], n: int, group: int, dim: int, retrieved: int
 ) -> None:
-    tail, _, values = make(rows, n, dim)
+    tail, keys, values = make(rows, n, dim)
     ids = some_ids(rows, n, retrieved)
     query = torch.randn(rows[0], 1, rows[1] * group, dim)
-    parts, count = tail.parts(query, ids, values, 0)
-    expected = plain(tail, query, values, ids)
-    torch.testing.assert_close(
-        reference_weighted_decode_attention(query, parts).double(), expected, atol=1e-5, rtol=1e-5
-    )
-    gone = torch.zeros(*rows, n).scatter_add_(2, ids.clamp(min=0).long(), (ids >= 0).float())
-    left = torch.zeros(tail.sizes.shape).scatter_add_(2, tail.assignment.long(), 1 - gone)
-    assert count == int((left > 0).sum())
-    tokens = sum(part.log_weights.exp().sum() for part in parts)
-    assert round(float(tokens)) == rows[0] * rows[1] * (n - retrieved)
+    attended = attend(tail, query, keys, values, ids)
+    torch.testing.assert_close(attended.double(), plain(tail, query, keys, values, ids), atol=1e-5, rtol=1e-5)
+    assert tail.attended == int((tail.sizes > 0).sum())
+    assert round(float(tail.part(query)[0].log_weights.exp().sum())) == rows[0] * rows[1] * n
 
 
 def test_a_bfloat16_store_loses_no_more_than_its_rounding() -> None:
@@ -80,32 +86,28 @@ def test_a_bfloat16_store_loses_no_more_than_its_rounding() -> None:
     tail = CentroidTail(1, 2, 64, torch.bfloat16, torch.device("cpu"))
     tail.add(slice(0, 1), keys, values, moment(2, 64))
     ids, query = some_ids((1, 2), 400, 100), torch.randn(1, 1, 6, 64)
-    parts, _ = tail.parts(query, ids, values, 0)
-    expected = plain(tail, query, values, ids)
-    error = (reference_weighted_decode_attention(query, parts) - expected).norm(dim=-1) / expected.norm(dim=-1)
+    expected = plain(tail, query, keys, values, ids)
+    error = (attend(tail, query, keys, values, ids) - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert error.max() < 0.02
 
 
-def test_nothing_is_left_where_everything_is_retrieved() -> None:
-    tail, _, values = make((1, 2), 50, 64)
-    ids = torch.arange(50).int().repeat(1, 2, 1)
-    parts, count = tail.parts(torch.randn(1, 1, 6, 64), ids, values, 0)
-    assert count == 0
-    assert all(bool((part.log_weights == float("-inf")).all()) for part in parts)
+@pytest.mark.parametrize("scale", [1, 8])
+def test_nothing_is_left_where_everything_is_retrieved(scale: float) -> None:
+    """Also where a few tokens have nearly all of the mass, and centroids far less than their members."""
+    tail, keys, values = make((1, 2), 50, 64)
+    ids, query = torch.arange(50).int().repeat(1, 2, 1), scale * torch.randn(1, 1, 6, 64)
+    exact = weighted_decode_attention(query, [WeightedPart(keys, values)])
+    torch.testing.assert_close(attend(tail, query, keys, values, ids), exact, atol=1e-5, rtol=1e-5)
 
 
 def test_clusters_of_one_token_are_exact_whatever_is_retrieved() -> None:
     tail, keys, values = make((1, 1), 40, 64)
-    tail._reserve(41, 40)
     tail.assignment = torch.arange(40).view(1, 1, 40).int()
-    tail.centroids[:, :, :40], tail.value_means[:, :, :40] = keys, values
-    tail.sizes[:], tail.sizes[..., 40] = 1, 0
+    tail.centroids, tail.value_means, tail.sizes, tail.clusters = keys, values, torch.ones(1, 1, 40), [40]
     tail.log_sizes = tail.sizes.log()
     query, ids = torch.randn(1, 1, 3, 64), some_ids((1, 1), 40, 11)
-    kept = [token for token in range(40) if token not in set(ids.flatten().tolist())]
-    parts, _ = tail.parts(query, ids, values, 0)
-    expected = (query[0, 0] @ keys[0, 0, kept].T / 8).softmax(-1) @ values[0, 0, kept]
-    torch.testing.assert_close(reference_weighted_decode_attention(query, parts)[0, 0], expected, atol=1e-5, rtol=1e-5)
+    expected = weighted_decode_attention(query, [WeightedPart(keys, values)])
+    torch.testing.assert_close(attend(tail, query, keys, values, ids), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_equal_keys_are_exact_whatever_is_retrieved() -> None:
@@ -113,33 +115,30 @@ def test_equal_keys_are_exact_whatever_is_retrieved() -> None:
     tail = CentroidTail(1, 1, 64, torch.float32, torch.device("cpu"))
     tail.add(slice(0, 1), keys, values, moment(1, 64))
     query, ids = torch.randn(1, 1, 3, 64), some_ids((1, 1), 40, 11)
-    kept = [token for token in range(40) if token not in set(ids.flatten().tolist())]
-    parts, _ = tail.parts(query, ids, values, 0)
-    expected = values[0, 0, kept].mean(0).expand(3, 64)
-    torch.testing.assert_close(reference_weighted_decode_attention(query, parts)[0, 0], expected, atol=1e-5, rtol=1e-5)
+    expected = values[0, 0].mean(0).expand(1, 1, 3, 64)
+    torch.testing.assert_close(attend(tail, query, keys, values, ids), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_estimated_mass_is_a_lower_bound() -> None:
     """Jensen: a cluster weighs as if all its members had their mean logit."""
-    tail, keys, values = make((1, 1), 300, 64)
-    query, ids = 3 * torch.randn(1, 1, 3, 64), torch.full((1, 1, 5), -1, dtype=torch.int32)
-    parts, _ = tail.parts(query, ids, values, 0)
-    estimated = torch.stack([partial_attention(query, part)[1] for part in parts]).logsumexp(0)
+    tail, keys, _ = make((1, 1), 300, 64)
+    query = 3 * torch.randn(1, 1, 3, 64)
+    estimated = partial_attention(query, tail.part(query)[0])[1]
     assert bool((estimated <= (query[0, 0] @ keys[0, 0].T / 8).logsumexp(-1) + 1e-5).all())
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.2, 6), (1.0, 30)])
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.2, 6)])
 def test_a_share_of_the_clusters_is_the_one_of_largest_mass(share: float, expected: int) -> None:
-    tail, _, values = make((1, 1), 300, 64)
+    tail, _, _ = make((1, 1), 300, 64)
     tail.share = share
-    query, ids = torch.randn(1, 1, 1, 64), some_ids((1, 1), 300, 20)
-    parts, count = tail.parts(query, ids, values, 0)
-    assert count == expected
+    query = torch.randn(1, 1, 1, 64)
+    part, chosen = tail.part(query)
+    assert tail.attended == expected
     mass = tail.sizes[0, 0].log() + tail.centroids[0, 0] @ query[0, 0, 0] / 8
     best = set(mass.topk(expected).indices.tolist())
-    touched = set(tail.assignment[0, 0, ids[ids >= 0].long()].tolist())
-    whole = {i for i, weight in enumerate(parts[0].log_weights[0, 0].tolist()) if weight > float("-inf")}
-    assert whole == best - touched
+    assert {i for i, weight in enumerate(part.log_weights[0, 0].tolist()) if weight > float("-inf")} == best
+    assert chosen is not None
+    assert set(chosen[0, 0].nonzero().flatten().tolist()) == best
 
 
 def test_sequences_of_different_lengths_keep_their_clusters_apart() -> None:
@@ -149,90 +148,34 @@ def test_sequences_of_different_lengths_keep_their_clusters_apart() -> None:
     tail.add(slice(1, 2), long[0], long[1], moment(1, 64))
     tail.add(slice(0, 1), short[0], short[1], moment(1, 64))
     ids = torch.tensor([[[3, 7, -1]], [[199, 0, 5]]], dtype=torch.int32)
-    values = torch.stack((torch.nn.functional.pad(short[1, 0], (0, 0, 0, 150)), long[1, 0]))
+    stores = [torch.cat((torch.nn.functional.pad(b, (0, 0, 0, 150)), a)) for a, b in zip(long, short, strict=True)]
     query = torch.randn(2, 1, 3, 64)
-    parts, _ = tail.parts(query, ids, values, 0)
-    expected = plain(tail, query, values, ids, [50, 200])
-    torch.testing.assert_close(
-        reference_weighted_decode_attention(query, parts).double(), expected, atol=1e-5, rtol=1e-5
-    )
+    attended = attend(tail, query, *stores, ids)
+    torch.testing.assert_close(attended.double(), plain(tail, query, *stores, ids), atol=1e-5, rtol=1e-5)
 
 
-def taken_away(
-    tail: CentroidTail, positions: torch.Tensor, values: torch.Tensor, first: int
-) -> tuple[list[torch.Tensor], int]:
-    """What `_take_away` says, in torch operations, as [B, Hkv, T] and [B, Hkv, T, D]; clusters are 0 to C - 1."""
-    number = tail.sizes.shape[2] - 1
-    ids = torch.where(positions >= 0, positions - first, -1)
-    cluster = tail.assignment.gather(2, ids.clamp(min=0).long()).long().masked_fill_(ids < 0, number)
-    cluster, order = cluster.sort(dim=2)
-    slot = (cluster.diff(dim=2, prepend=torch.full_like(cluster[..., :1], -1)) != 0).cumsum(2) - 1
-    member = (cluster < number).float()
-    lost = torch.zeros_like(member).scatter_add_(2, slot, member)
-    wide = (*positions.shape, values.shape[3])
-    rows = values.float().take_along_dim(positions.clamp(min=0).long().gather(2, order)[..., None], 2)
-    lost_values = torch.zeros(wide).scatter_add_(2, slot[..., None].expand(wide), rows * member[..., None])
-    touched = torch.full_like(cluster, number).scatter_(2, slot, cluster)
-    sizes = tail.sizes.gather(2, touched)
-    left = (sizes - lost).where(touched < number, torch.tensor(0.0))
-    some = left > 0
-    scale = torch.where(some, sizes / left.clamp(min=1), 0)
-    lost_mean = torch.where(some[..., None], lost_values / left.clamp(min=1)[..., None], 0)
-    emptied = (touched < number) & ~some
-    return [touched, left.log(), scale, lost_mean], int((tail.sizes > 0).sum() - emptied.sum())
+def test_clusters_are_found_behind_the_sinks() -> None:
+    tail, _, _ = make((2, 2), 40, 64)
+    positions = torch.tensor([[[3, -1, 42]], [[5, 4, 3]]]).expand(2, 2, 3).int()
+    found = tail.clusters_of(positions, 3, slice(0, 2))
+    first, last = tail.assignment[0, 1, [0, 39]].tolist()
+    assert found[0, 1].tolist() == [first, -1, last]
+    assert torch.equal(tail.clusters_of(positions[1:], 3, slice(1, 2))[0], tail.assignment[1][:, [2, 1, 0]])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("dim", [64, 128, 65])
-@pytest.mark.parametrize("rows", [(1, 1), (3, 1), (2, 2)])
-def test_the_bookkeeping_is_that_of_plain_torch(rows: tuple[int, int], dim: int, dtype: torch.dtype) -> None:
-    """Few and many clusters, of which some lose every member, and some positions, none or all of them pads."""
+def test_room_for_batches_to_come_is_there_at_once() -> None:
+    """So that what a CUDA graph has captured stays where it is."""
     torch.manual_seed(0)
-    n, first = 301, 3
-    for number in (1, 7, 150):
-        tail = CentroidTail(*rows, dim, dtype, torch.device("cpu"), num_threads=2)
-        tail._reserve(number + 1, n)
-        tail.assignment = torch.randint(0, number, (*rows, n), dtype=torch.int32)
-        tail.sizes = torch.zeros(*rows, number + 1).scatter_add_(2, tail.assignment.long(), torch.ones(*rows, n))
-        values = torch.randn(*rows, n + 9, 2 * dim).to(dtype)[..., dim:]
-        for ids in (
-            torch.full((*rows, 1), -1, dtype=torch.int32),
-            torch.full((*rows, 63), -1, dtype=torch.int32),
-            some_ids(rows, n, 61),
-            some_ids(rows, n, 99),
-            some_ids(rows, n, n),
-            some_ids(rows, n, 1)[..., 1:2].contiguous(),
-        ):
-            positions = torch.where(ids >= 0, ids + first, -1)
-            tables, count = tail._take_away(positions, values, first)
-            expected, expected_count = taken_away(tail, positions, values, first)
-            assert count == expected_count
-            begin = torch.arange(rows[0] * rows[1]).view(*rows, 1) * (number + 1)
-            assert torch.equal(tables[0].view(positions.shape) - begin, expected[0])
-            for table, wanted in zip(tables[1:], expected[1:], strict=True):
-                torch.testing.assert_close(table.view(wanted.shape), wanted, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("position", [0, 2, 43, 1000])
-def test_a_position_that_is_not_indexed_is_an_error(position: int) -> None:
-    tail, _, values = make((1, 1), 40, 64)
-    values = torch.nn.functional.pad(values, (0, 0, 3, 5))
-    positions = torch.tensor([[[3, position, -1]]], dtype=torch.int32)
-    with pytest.raises(ValueError, match=f"positions: got {position}, allowed: -1 and 3 to 42"):
-        tail.parts(torch.randn(1, 1, 1, 64), positions, values, 3)
-
-
-def test_what_the_native_code_cannot_read_is_an_error() -> None:
-    tail, _, values = make((1, 2), 40, 64)
-    query, positions = torch.randn(1, 1, 2, 64), torch.zeros(1, 2, 5, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"positions: got torch\.int64"):
-        tail.parts(query, positions.long(), values, 0)
-    with pytest.raises(ValueError, match=r"positions: got torch\.int32 on cpu with strides \(10, 1, 2\)"):
-        tail.parts(query, positions.transpose(1, 2).contiguous().transpose(1, 2), values, 0)
-    with pytest.raises(ValueError, match="positions, values: got"):
-        tail.parts(query, positions, values[..., :32], 0)
-    with pytest.raises(ValueError, match="first: got 1, allowed: 0 to 0, for 40 tokens"):
-        tail.parts(query, positions, values, 1)
+    tail = CentroidTail(1, 1, 64, torch.float32, torch.device("cpu"), grown=(2, 30))
+    places = []
+    for tokens in (100, 30, 30):
+        keys = torch.randn(1, 1, tokens, 64)
+        tail.add(slice(0, 1), keys, keys, moment(1, 64))
+        places.append([table.data_ptr() for table in (tail.centroids, tail.value_means, tail.log_sizes)])
+    assert places[0] == places[1] == places[2]
+    assert tail.clusters == [16]
+    assert tail.tables()["assignment"].shape == (1, 1, 160)
+    assert float(tail.sizes.sum()) == 160
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -1,0 +1,94 @@
+"""A decode step of a layer in stages: device work that CUDA graphs can hold, with one stop at the host between."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .cache import KV_Cache
+
+if TYPE_CHECKING:
+    from attn_hub.kernels.weighted_decode import TritonSplits
+    from attn_hub.reference import ReferenceSplits
+
+
+class StagedCache(KV_Cache):
+    """For every layer of a step, in this order: write_token on the device, count_token on the host; where the layer
+    `needs_host`, post_query on the device, and once the query has arrived, `retrieve` on the host; beside that `begin`,
+    then `end` on the device; and once `end` is on its way, `turn` on the host.
+
+    What the device does reads nothing from the host but what lies in pinned memory, always at the same place: it can be
+    captured once and replayed, as long as `captured` stays as it was. decode_update_kv_cache and compute are these
+    stages one after another.
+    """
+
+    @abstractmethod
+    def write_token(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
+        """Takes one token's states [B, 1, Hkv, D] of every sequence, for which `room` was made. Device work."""
+
+    def make_room(self, layer_idx: int) -> None:
+        """Sees to it that the layer has room for one more token."""
+
+    def count_token(self, layer_idx: int) -> None:
+        """Takes note of the token written."""
+        self.generated[layer_idx] += 1
+
+    def needs_host(self, layer_idx: int) -> bool:
+        """Whether the attention depends on what `retrieve` finds."""
+        return False
+
+    def post_query(self, query_states: Tensor, layer_idx: int) -> None:
+        """Sends the query [B, 1, H, D] to the host. Device work."""
+        raise NotImplementedError(f"{type(self).__name__} has nothing to ask the host")
+
+    @abstractmethod
+    def begin(self, query_states: Tensor, layer_idx: int) -> ReferenceSplits | TritonSplits:
+        """Attention of query_states [B, 1, H, D] to all that does not depend on `retrieve`. Device work."""
+
+    def retrieve(self, layer_idx: int) -> None:
+        """Finds what the posted query wants."""
+        raise NotImplementedError(f"{type(self).__name__} has nothing to ask the host")
+
+    def end(self, begun: ReferenceSplits | TritonSplits, layer_idx: int) -> Tensor:
+        """The whole attention [B, 1, H, D]. Device work."""
+        return begun.merge()
+
+    def note_step(self, layer_idx: int) -> None:
+        """Counts what the layer attends to where it asks no host."""
+
+    def turn(self, layer_idx: int) -> None:
+        """What the layer does with tokens generated so far, now and then."""
+
+    @abstractmethod
+    def captured(self, layer_idx: int) -> tuple[int, ...]:
+        """Addresses that change where device work of the layer has to be captured anew."""
+
+    def decode_update_kv_cache(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
+        self.make_room(layer_idx)
+        self.write_token(key_states, value_states, layer_idx)
+        self.count_token(layer_idx)
+
+    def compute(self, query_states: Tensor, layer_idx: int) -> Tensor:
+        asks = self.needs_host(layer_idx)
+        arrived = None
+        if asks:
+            self.post_query(query_states, layer_idx)
+            if query_states.is_cuda:
+                arrived = torch.cuda.Event()
+                arrived.record()
+        with self.stats.timed("attention"):
+            begun = self.begin(query_states, layer_idx)
+        if arrived is not None:
+            with self.stats.timed("wait"):
+                arrived.synchronize()
+        if asks:
+            self.retrieve(layer_idx)
+        else:
+            self.note_step(layer_idx)
+        with self.stats.timed("attention"):
+            attended = self.end(begun, layer_idx)
+        self.turn(layer_idx)
+        return attended
