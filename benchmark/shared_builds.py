@@ -53,6 +53,8 @@ class PrefilledCaches:
         self._builds = shared_builds(names, settings.model_copy(update={"attention_aware_graph": graph}))
         batch, length = ids.shape
         first = [(build[0].strategy, build[0].settings) for build in self._builds]
+        largest = [(variant.strategy, variant.settings) for variant in map(_largest, self._builds)]
+        llm.check_memory(largest, [length] * batch, max_new_length, batch)
         self._caches = llm.init_caches(first, [length] * batch, max_new_length, batch, diagnose)
         self.logits = llm.prefill(ids.to(llm.device), None, self._caches, batch)
         self.build_seconds = sum(cache.stats.seconds["build"] for cache in self._caches)
@@ -67,3 +69,8 @@ class PrefilledCaches:
                     cache.retune(variant.settings)
                 yield variant.name, cache
             del cache
+
+
+def _largest(build: list[Variant]) -> Variant:
+    """The one of a build's variants that needs the most memory: clusters are all that they do not share."""
+    return max(build, key=lambda variant: variant.settings.attention_aware_graph.estimation == "centroid")

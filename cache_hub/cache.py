@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from .memory import Need, RunShape
 
 
+# Tokens: all those of a long prompt would have more elements than 32 bits count.
+_CHECKED_AT_ONCE = 1 << 16
+
+
 class KV_Cache(ABC):
     """Keeps keys and values of all layers, and decides which tokens a decode query sees.
 
@@ -183,7 +187,8 @@ class KV_Cache(ABC):
 def check_finite(states: Tensor, name: str, layer_idx: int, start_bdx: int) -> None:
     """Raises ValueError naming layer, sequence, position and head of the first NaN or infinity in [b, L, heads, D]."""
     # Both are NaN where any state is; without a copy of the states, of which isfinite makes several.
-    if torch.isfinite(torch.stack(states.aminmax())).all():
+    ends = [torch.stack(some.aminmax()) for some in states.split(_CHECKED_AT_ONCE, 1)]
+    if torch.isfinite(torch.stack(ends)).all():
         return
     b, position, head, _ = (~torch.isfinite(states)).nonzero()[0].tolist()
     value = states[b, position, head][~torch.isfinite(states[b, position, head])][0].item()

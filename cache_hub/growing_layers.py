@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
 from .index.metric import query_moment
 from .indexed_sequences import LatestQueries
 from .layer_search import LayerSearch
+from .pinned import pinned_empty
 from .saved_layers import SavedLayers
 from .static_zone import StaticZone
 
@@ -22,17 +25,21 @@ class GrowingLayers(SavedLayers):
     _latest: list[LatestQueries]
 
     def _allocate(self) -> None:
-        """Stores for prompt and indexed tokens in CPU memory, pinned beside a GPU, zones where the layers compute."""
+        """Stores for prompt and indexed tokens in CPU memory, pinned beside a GPU, zones where the layers compute.
+
+        A layer's keys and values [B, Hkv, L, D] are views of one store [B, Hkv, L, 2, D]: those of a token lie side by
+        side, one piece of memory for what gathers them.
+        """
         prompt, batch = self.max_length - self.max_new_length, self.insert_batch
         ends = self.sinks + self.window + self.min_indexed
         static, grown = static_and_grown(prompt, self.max_new_length, ends, self.window, batch)
         rows = (self.batch_size, self.kv_head)
         self._keys, self._values, self._zones = [], [], []
         for device in self.devices:
-            pinned = device.type == "cuda"
-            for stores in (self._keys, self._values):
-                store = torch.empty(*rows, prompt + grown, self.head_dim, dtype=self.dtype, pin_memory=pinned)
-                stores.append(store)
+            shape = (*rows, prompt + grown, 2, self.head_dim)
+            store = pinned_empty(shape, self.dtype) if device.type == "cuda" else torch.empty(shape, dtype=self.dtype)
+            self._keys.append(store[..., 0, :])
+            self._values.append(store[..., 1, :])
             self._zones.append(StaticZone(*rows, static, self.head_dim, self.dtype, device))
         self._due: dict[int, Tensor] = {}
         self._latest = self._latest_queries()
@@ -40,6 +47,19 @@ class GrowingLayers(SavedLayers):
     def _latest_queries(self) -> list[LatestQueries]:
         batch, layers = self.insert_batch, range(self.layer_num)
         return [LatestQueries(batch, layer * batch // self.layer_num) for layer in layers]
+
+    def _put(self, layer_idx: int, sequences: slice, tokens: slice, keys: Tensor, values: Tensor) -> None:
+        """Stores keys and values [b, Hkv, T, D] of the sequences' `tokens`; they are there when it returns."""
+        own_keys, own_values = (stores[layer_idx][sequences, :, tokens] for stores in (self._keys, self._values))
+        if not keys.is_cuda:
+            own_keys.copy_(keys)
+            own_values.copy_(values)
+            return
+        pairs = own_keys.as_strided((*keys.shape[:3], 2, keys.shape[3]), (*own_keys.stride()[:3], keys.shape[3], 1))
+        for b, head in product(range(len(keys)), range(self.kv_head)):
+            # Contiguous on both sides: torch takes other layouts through pageable memory.
+            pairs[b, head].copy_(torch.stack((keys[b, head], values[b, head]), 1), non_blocking=True)
+        torch.cuda.current_stream(keys.device).synchronize()
 
     @property
     def _inserted(self) -> int:
@@ -74,8 +94,7 @@ class GrowingLayers(SavedLayers):
         with self.stats.timed("insert"):
             for group in self._groups[layer_idx]:
                 keys, values = self._zones[layer_idx].take(group.sequences, self.sinks, batch)
-                to = (group.sequences, slice(None), slice(group.stop, group.stop + batch))
-                self._keys[layer_idx][to], self._values[layer_idx][to] = keys, values
+                self._put(layer_idx, group.sequences, slice(group.stop, group.stop + batch), keys, values)
                 group.insert(self._keys[layer_idx], batch, queries, self.prompt_lengths[group.start] + step - batch)
                 if self._tails:
                     moment = query_moment(group.by_row(queries, self.kv_head))

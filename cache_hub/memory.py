@@ -1,7 +1,8 @@
-"""What runs will need of CPU and GPU memory, estimated before they start, against what is there."""
+"""What runs will need of CPU and GPU memory, estimated before they start, against what is there; and the CPUs."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,10 @@ _CGROUPS = Path("/sys/fs/cgroup")
 @dataclass(frozen=True)
 class RunShape:
     """Prompts of `lengths` tokens, each with room for max_new_length more, `prefill_bsz` of them read together by a
-    model of this shape, whose layers compute on `devices`, one entry each."""
+    model of this shape, whose layers compute on `devices`, one entry each.
+
+    mlp_size: of the MLP's inner states, which are made of `chunk` tokens at a time; 0: they do not count.
+    """
 
     lengths: tuple[int, ...]
     max_new_length: int
@@ -33,6 +37,8 @@ class RunShape:
     dtype: torch.dtype
     devices: tuple[torch.device, ...]
     prefill_bsz: int = 1
+    mlp_size: int = 0
+    chunk: int = 1
 
     @property
     def batch(self) -> int:
@@ -54,13 +60,11 @@ class RunShape:
     def store_bytes(self, more: int, device: torch.device, pinned: bool = False) -> int:
         """Of a layer's keys and values of all prompts, of `more` tokens beside each, allocated for the longest.
 
-        Pageable memory counts where it is written; pinned memory is what torch makes of each of the two tensors: the
-        next power of two (docs of torch.cuda.host_memory_stats).
+        Pageable memory counts where it is written, pinned memory and that of a GPU as a whole.
         """
         if device.type == "cpu" and not pinned:
             return 2 * sum(max(length + more, 0) for length in self.lengths) * self.row_bytes
-        one = self.batch * max(self.longest + more, 0) * self.row_bytes
-        return 2 * (1 << (one - 1).bit_length() if pinned and one else one)
+        return 2 * self.batch * max(self.longest + more, 0) * self.row_bytes
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,12 @@ def required_bytes(builds: Sequence[Build], shape: RunShape) -> dict[torch.devic
     temporaries of the clusters, of the MLP and of decoding, what insertion adds to an index, fragmentation, swap.
     """
     tables: dict[str, dict[torch.device, Counter[str]]] = {
-        when: defaultdict(Counter) for when in ("kept", "build", "after")
+        when: defaultdict(Counter) for when in ("kept", "build", "mlp", "after")
     }
-    states = shape.prefill_bsz * shape.longest * shape.dtype.itemsize
-    states *= shape.hidden_size + 2 * (shape.heads + shape.kv_heads) * shape.head_dim
+    while_built, in_mlp = prompt_state_bytes(shape)
     for device, layers in Counter(shape.devices).items():
-        # The hidden states, queries, keys, values and the attention's output are there while a layer is built.
-        tables["build"][device]["the prompt's states in a layer"] = states
+        tables["build"][device]["the prompt's states in a layer"] = while_built
+        tables["mlp"][device]["the prompt's states in a layer"] = in_mlp
         for cache, settings in builds:
             for need in cache.layer_needs(settings, shape, device):
                 table = tables[need.when][need.device]
@@ -105,10 +108,26 @@ def required_bytes(builds: Sequence[Build], shape: RunShape) -> dict[torch.devic
                     table[need.what] += need.nbytes * layers
     peaks = {}
     for device in {device for table in tables.values() for device in table}:
-        build, after = tables["build"][device], tables["after"][device]
-        peak = tables["kept"][device] + (build if build.total() >= after.total() else after)
-        peaks[device] = dict(peak.most_common())
+        largest = max((tables[when][device] for when in ("build", "mlp", "after")), key=Counter.total)
+        peaks[device] = dict((tables["kept"][device] + largest).most_common())
     return peaks
+
+
+def prompt_state_bytes(shape: RunShape) -> tuple[int, int]:
+    """What the states of the T tokens read together take where a layer computes: while its index is built, and in its
+    MLP, whichever is more.
+
+    First the hidden states, queries, keys, values and the attention's output, T (d + 2 (H + Hkv) D); then hidden states
+    and output with those of `chunk` tokens in the MLP, T (d + H D) + chunk (d + 2 I), the queries, keys and values
+    being gone. 524,288 tokens of Llama 3.1 8B in bfloat16 are 14 GiB, then 8 + 1. The build of the graph adds its
+    lists, 2 GiB of 32 keys for each query and .5 to 1 of keys and links, the keys, 1 GiB, and what it selects from; the
+    weights are 15 GiB.
+    """
+    tokens, queries = shape.prefill_bsz * shape.longest, shape.heads * shape.head_dim
+    while_built = tokens * (shape.hidden_size + 2 * (queries + shape.kv_heads * shape.head_dim))
+    inner = shape.hidden_size + 2 * shape.mlp_size if shape.mlp_size else 0
+    in_mlp = tokens * (shape.hidden_size + queries) + min(tokens, shape.chunk) * inner
+    return while_built * shape.dtype.itemsize, in_mlp * shape.dtype.itemsize
 
 
 def check_memory(names: str, builds: Sequence[Build], shape: RunShape) -> None:
@@ -154,6 +173,13 @@ def available_bytes(device: torch.device) -> float:
         return torch.cuda.mem_get_info(device)[0] + held
     limits = [_mem_available(Path("/proc/meminfo")), *_left_by_cgroups(Path("/proc/self/cgroup"), _CGROUPS)]
     return min(limits) + _unused_pinned()
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use, fewer than the machine has where the system confines it to some."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def size(nbytes: float) -> str:

@@ -22,7 +22,7 @@ from .index.metric import LATE_QUERIES, query_moment
 from .indexed_sequences import IndexedSequences
 from .layer_search import Found, HostBuffers, LayerSearch, layer_search
 from .lift import SoftmaxLift
-from .memory import CPU, Need, RunShape
+from .memory import CPU, Need, RunShape, usable_cpus
 from .static_zone import check_static, sinks_and_window
 from .stats import Agreement, CacheStats
 from .tail import CentroidTail
@@ -82,7 +82,11 @@ class TokenIndexCache(GrowingLayers):
         self.sinks, self.window = static_pattern_start, static_pattern_end
         self.top_k, self.min_indexed, self.warm_start = top_k, min_indexed, warm_start
         # Without a GPU the main thread computes too: torch's own thread count is the right one then.
-        self.num_threads = core if self.devices[0].type == "cuda" else None
+        self.num_threads = None
+        if core and self.devices[0].type == "cuda":
+            self.num_threads = min(core, usable_cpus())
+            if core > self.num_threads:
+                self.stats.note(f"core: {core} threads were asked for, {self.num_threads} are used, one for each CPU")
         self._groups = [[] for _ in self.devices]
         self._pending: Tensor | None = None
         self._tails = []
@@ -137,6 +141,8 @@ class TokenIndexCache(GrowingLayers):
         )
         group, together = shape.heads // shape.kv_heads, rows * shape.prefill_bsz
         built = index.build_bytes(together, group, shape.longest, most, dim)
+        if index.lists_queries and device.type == "cuda":
+            built += shape.prefill_bsz * most * shape.row_bytes  # the keys that the queries there are compared with
         needs += [
             Need(CPU, "index", kept),
             Need(device if index.lists_queries else CPU, "a layer's build", built, "build"),
@@ -196,8 +202,7 @@ class TokenIndexCache(GrowingLayers):
         indexed = self.indexed_range(length)
         with self.stats.timed("store"):
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
-            self._keys[layer_idx][rows, :, :length] = keys
-            self._values[layer_idx][rows, :, :length] = values
+            self._put(layer_idx, rows, slice(length), keys, values)
             if indexed:
                 keys, values = (sinks_and_window(states, self.sinks, self.window) for states in (keys, values))
             self._zones[layer_idx].put(rows, keys, values)

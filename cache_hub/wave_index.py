@@ -10,6 +10,7 @@ from torch import Tensor
 from attn_hub import WeightedPart
 
 from .clusters import ClusterCounts, Clusters
+from .pinned import pinned_empty
 
 
 @dataclass
@@ -50,7 +51,9 @@ class WaveIndex:
         shape = (batch_size, kv_heads, rows, head_dim)
         place = device if on_device else torch.device("cpu")
         pinned = device.type == "cuda" and not on_device
-        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=place, pin_memory=pinned) for _ in range(2))
+        self.keys, self.values = (
+            pinned_empty(shape, dtype) if pinned else torch.empty(shape, dtype=dtype, device=place) for _ in range(2)
+        )
         self.centroids, self.value_means = (
             torch.zeros(batch_size, kv_heads, 0, head_dim, dtype=dtype, device=device) for _ in range(2)
         )

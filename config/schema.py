@@ -200,7 +200,11 @@ class RetroInferConfig(Section):
     static_pattern_end: int = Field(
         default=64, ge=1, description="last tokens, attended exactly and never indexed (window)"
     )
-    core: int = Field(default=22, ge=1, description="CPU threads of build and search beside a GPU")
+    core: int = Field(
+        default=22,
+        ge=1,
+        description="CPU threads of build and search beside a GPU, but no more than the CPUs that the process may use",
+    )
     n_centroids: int = Field(
         default=8192,
         ge=1,

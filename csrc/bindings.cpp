@@ -21,7 +21,6 @@
 #include "graph_insert.h"
 #include "nearest.h"
 #include "row_kernels.h"
-#include "tail.h"
 #include "tile_kernels.h"
 
 namespace py = pybind11;
@@ -49,7 +48,7 @@ std::shared_ptr<ThreadPool> rag::threads(int count) {
 
 PYBIND11_MODULE(_native, m) {
     pthread_atfork(nullptr, nullptr, [] { forked = true; });
-    m.doc() = "Construction of and search in attention-aware graphs, bookkeeping of clusters (C++).";
+    m.doc() = "Construction of and search in attention-aware graphs (C++).";
 
     py::class_<KeyStore>(m, "KeyStore")
         .def(py::init<uintptr_t, int, int64_t, int64_t, int64_t, int64_t, int64_t, uintptr_t,
@@ -196,29 +195,4 @@ PYBIND11_MODULE(_native, m) {
             unpack_links({at<const void>(links), slots, segments}, rows, at<int32_t>(out));
         },
         "Links of any layout as int32 [rows, slots] with -1 pads.");
-
-    m.def(
-        "take_away",
-        [](const KeyStore& values, uintptr_t assignment, int64_t tokens, uintptr_t sizes, int64_t clusters,
-           uintptr_t positions, int64_t width, int64_t first, int num_threads, uintptr_t touched, uintptr_t log_left,
-           uintptr_t scale, uintptr_t lost_mean) {
-            py::gil_scoped_release release;
-            std::vector<int64_t> kept(values.heads);
-            const auto one = [&](int64_t h) {
-                const int64_t begin = h * width;
-                kept[h] = take_away(values.head(h),
-                                    {at<const int32_t>(assignment) + h * tokens, tokens,
-                                     at<const float>(sizes) + h * clusters, clusters, h * clusters},
-                                    at<const int32_t>(positions) + begin, width, first,
-                                    {at<int64_t>(touched) + begin, at<float>(log_left) + begin,
-                                     at<float>(scale) + begin, at<float>(lost_mean) + begin * values.dim});
-            };
-            constexpr int64_t kWorthWaking = 1024;  // positions
-            if (values.heads * width < kWorthWaking)
-                for (int64_t h = 0; h < values.heads; ++h) one(h);
-            else
-                threads(num_threads)->parallel_for(values.heads, 1, one);
-            return std::accumulate(kept.begin(), kept.end(), int64_t{0});
-        },
-        "Takes tokens away from the clusters of every kv head; returns how many clusters keep a token.");
 }

@@ -52,36 +52,6 @@ void score_rows(const Rows& rows, const float* query, const int32_t* ids, int64_
 const RowKernel kPlain{"plain", {score_rows<float>, score_rows<Half>, score_rows<BFloat>, score_rows<int8_t>}};
 
 template <class T>
-inline __attribute__((always_inline)) void add_rows(const Rows& rows, const Rows::Term* terms, int64_t count,
-                                                    float* out) {
-    const T* base = static_cast<const T*>(rows.data);
-    const int64_t dim = rows.dim;
-    constexpr int64_t kAhead = 8;
-    constexpr int64_t kLine = 64 / sizeof(T);
-    for (int64_t i = 0; i < count; ++i) {
-        if (i + kAhead < count) {
-            const T* next = base + terms[i + kAhead].id * rows.stride;
-            for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(next + d);
-        }
-        const T* row = base + terms[i].id * rows.stride;
-        const float weight = terms[i].weight;
-        float* sum = out + terms[i].slot * dim;
-#pragma omp simd
-        for (int64_t d = 0; d < dim; ++d) sum[d] += weight * static_cast<float>(row[d]);
-    }
-}
-
-RAG_CLONES void add_float(const Rows& r, const Rows::Term* terms, int64_t n, float* out) {
-    add_rows<float>(r, terms, n, out);
-}
-RAG_CLONES void add_half(const Rows& r, const Rows::Term* terms, int64_t n, float* out) {
-    add_rows<Half>(r, terms, n, out);
-}
-RAG_CLONES void add_bfloat(const Rows& r, const Rows::Term* terms, int64_t n, float* out) {
-    add_rows<BFloat>(r, terms, n, out);
-}
-
-template <class T>
 void load_row(const Rows& rows, int32_t id, float* out) {
     const T* row = static_cast<const T*>(rows.data) + id * rows.stride;
     const float scale = rows.scales ? rows.scales[id] : 1.f;
@@ -131,15 +101,6 @@ void Rows::load(int32_t id, float* out) const {
         case Dtype::int8: load_row<int8_t>(*this, id, out); break;
     }
     if (extra) out[dim] = extra[id];
-}
-
-void Rows::add(const Term* terms, int64_t count, float* out) const {
-    switch (dtype) {
-        case Dtype::float32: add_float(*this, terms, count, out); break;
-        case Dtype::float16: add_half(*this, terms, count, out); break;
-        case Dtype::bfloat16: add_bfloat(*this, terms, count, out); break;
-        case Dtype::int8: throw std::invalid_argument("rows: got int8, allowed: float32, float16 or bfloat16");
-    }
 }
 
 }  // namespace rag

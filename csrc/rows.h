@@ -1,5 +1,4 @@
-// Read-only rows of keys or values in the types of the KV store and of its compact copy: scored against a float32 query,
-// or added up.
+// Read-only rows of keys in the types of the KV store and of its compact copy, scored against a float32 query.
 #pragma once
 #include <cstdint>
 
@@ -32,14 +31,6 @@ struct Rows {
     void score(const float* query, const int32_t* ids, int64_t count, float* out) const;
     // out[0..width()) = row `id` in float32.
     void load(int32_t id, float* out) const;
-
-    struct Term {
-        int32_t id, slot;
-        float weight;
-    };
-    // out[slot] += weight * row `id` for every term in order, in float32; out [slots, dim] contiguous, without `extra`.
-    // Throws std::invalid_argument for int8.
-    void add(const Term* terms, int64_t count, float* out) const;
 };
 
 // Is there an inner product of `row` with one of the `count` float32 rows [count, dim] that is above `limit`?

@@ -49,15 +49,30 @@ class DecoderLayer:
             query, key = self._norm(query, self.q_norm), self._norm(key, self.k_norm)
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
+    def project_prompt(self, hidden: Tensor, cos: Tensor, sin: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As `project`, on `chunk` tokens at a time: of all tokens no states are held but hidden and the result."""
+        spec, (batch, length, _) = self.spec, hidden.shape
+        query, key, value = (
+            hidden.new_empty(batch, length, heads, spec.head_dim)
+            for heads in (spec.num_heads, spec.num_key_value_heads, spec.num_key_value_heads)
+        )
+        step = max(chunk // batch, 1)
+        for start in range(0, length, step):
+            tokens = slice(start, start + step)
+            states = self.project(hidden[:, tokens], cos[:, tokens], sin[:, tokens])
+            query[:, tokens], key[:, tokens], value[:, tokens] = states
+        return query, key, value
+
     def finish(self, hidden: Tensor, attended: Tensor, mlp_chunk: int) -> Tensor:
         """Adds the output projection of attended [b, L, H, D] and the MLP to hidden [b, L, d], in place.
 
-        The MLP runs on `mlp_chunk` tokens at a time: its [tokens, 2 I] states are the largest of a prefill.
+        On `mlp_chunk` tokens at a time: the MLP's [tokens, 2 I] states are the largest of a prefill.
         """
-        hidden += F.linear(attended.flatten(2), *self.out)
-        for tokens in hidden.view(-1, hidden.shape[-1]).split(mlp_chunk):
+        chunks = (states.split(mlp_chunk) for states in (hidden.view(-1, hidden.shape[-1]), attended.flatten(0, 1)))
+        for tokens, heads in zip(*chunks, strict=True):
+            tokens += F.linear(heads.flatten(1), *self.out)
             gate, up = F.linear(self._norm(tokens, self.post_norm), *self.gate_up).chunk(2, dim=-1)
-            tokens += F.linear(F.silu(gate) * up, *self.down)
+            tokens += F.linear(F.silu(gate, inplace=True).mul_(up), *self.down)
         return hidden
 
     def _norm(self, states: Tensor, weight: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ class LLM:
 
     Public state: `layers` (each with `.device`), `spec`, `dtype`, `max_length` (prompt and new tokens together),
     `layer_mapping` {"0": "cuda:0", ..}, `eos_ids`, `progress` (False: no progress bars; they show on terminals only),
-    `mlp_chunk` (tokens), and after `generate` its `cache` and `timing`.
+    `mlp_chunk` (tokens of a prompt that projections and MLP take at a time), and after `generate` its `cache` and
+    `timing`.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class LLM:
         self.layer_mapping = {str(index): str(layer.device) for index, layer in enumerate(layers)}
         self.frequencies = spec.frequencies.to(layers[0].device)
         self.progress = True
-        self.mlp_chunk = 65536
+        self.mlp_chunk = 16384
         self.cache: KV_Cache | None = None
         self.timing: GenerationTiming | None = None
 
@@ -194,7 +195,8 @@ class LLM:
         check_room(lengths, max_new_length, self.max_length, self.spec.window)
         sizes = (self.spec.num_heads, self.spec.num_key_value_heads, self.spec.head_dim, self.spec.hidden_size)
         devices, group = tuple(layer.device for layer in self.layers), _group_size(lengths, prefill_bsz)
-        check_fits(builds, RunShape(tuple(lengths), max_new_length, *sizes, self.dtype, devices, group))
+        mlp = {"mlp_size": self.layers[0].down.weight.shape[1], "chunk": self.mlp_chunk}
+        check_fits(builds, RunShape(tuple(lengths), max_new_length, *sizes, self.dtype, devices, group, **mlp))
 
     @torch.inference_mode()
     def prefill(
@@ -277,23 +279,28 @@ class LLM:
         with self._layer_bar(len(starts)) as bar:
             for start in starts:
                 group = ids[start : start + step, -lengths[start] :]
-                last.append(self._forward(group, caches, start, bar)[:, -1])
+                last.append(self._forward(group, caches, start, bar)[:, -1].clone())  # a view would hold all tokens
         return self.project_out(torch.cat(last))
 
     def _forward(self, ids: Tensor, caches: Sequence[KV_Cache], start_bdx: int, bar: tqdm) -> Tensor:
-        """Last layer's states [b, L, d] of equally long prompts ids [b, L], sequences start_bdx.. of the caches."""
+        """Last layer's states [b, L, d] of equally long prompts ids [b, L], sequences start_bdx.. of the caches.
+
+        What is held at a time: see cache_hub.memory.prompt_state_bytes.
+        """
         hidden = F.embedding(ids.to(self.device), self.embedding)
         cos, sin = self.cos_sin(torch.arange(ids.shape[1], device=self.device)[None])
         for index, layer in enumerate(self.layers):
             with _on(layer.device):
                 hidden, cos, sin = (states.to(layer.device) for states in (hidden, cos, sin))
-                query, key, value = layer.project(hidden, cos, sin)
+                query, key, value = layer.project_prompt(hidden, cos, sin, self.mlp_chunk)
                 for cache in caches:
                     cache.prefill_update_kv_cache(query, key, value, index, start_bdx)
                 attended = full_prefill_attn(query, key, value, causal=True)
                 for cache in caches:
                     cache.sync(index, start_bdx)
+                del query, key, value
                 hidden = layer.finish(hidden, attended, self.mlp_chunk)
+                del attended
             bar.update()
         return hidden
 

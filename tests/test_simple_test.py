@@ -165,15 +165,15 @@ def test_bad_input_is_one_clear_line_before_the_model_loads(
 def test_too_little_memory_is_one_clear_line_before_any_strategy_runs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, smollm2: Any
 ) -> None:
-    """Full attention would fit 40 MB, the graph would not."""
+    """Full attention would fit 43 MB, the graph would not."""
     monkeypatch.setattr("sys.argv", ["simple_test.py", "--context_len", "600"])
     monkeypatch.setattr(simple_test, "load_model", lambda *a, **k: smollm2[0])
     monkeypatch.setattr(simple_test, "measure", lambda *a, **k: pytest.fail("a strategy ran"))
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 40e6)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 43e6)
     assert simple_test.main() == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.match(r"simple_test.py: error: attention_aware_graph with a prompt of 584 tokens and 16 new ones", error)
-    assert re.search(r"40.0 MB are available; the largest context that fits is a prompt of \d+ tokens$", error)
+    assert re.search(r"43.0 MB are available; the largest context that fits is a prompt of \d+ tokens$", error)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '[{"input": "a"}]', '[{"input": "a", "outputs": []}]'])

@@ -146,19 +146,4 @@ def score(keys: KeyStore, kernel: int, query: int, ids: int, count: int, scores:
 def pack_links(ids: int, rows: int, width: int, segments: int, slots: int, num_threads: int, out: int) -> None: ...
 def unpack_links(links: int, rows: int, slots: int, segments: int, out: int) -> None: ...
 def unite(ids: int, rows: int, width: int, first: int, positions: int) -> list[int]: ...
-def take_away(
-    values: KeyStore,
-    assignment: int,
-    tokens: int,
-    sizes: int,
-    clusters: int,
-    positions: int,
-    width: int,
-    first: int,
-    num_threads: int,
-    touched: int,
-    log_left: int,
-    scale: int,
-    lost_mean: int,
-) -> int: ...
 def trim_memory() -> None: ...

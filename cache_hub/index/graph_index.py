@@ -9,6 +9,7 @@ from torch import Tensor
 
 from config import GraphConfig
 
+from ..pinned import rows_on
 from . import _native
 from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_insert, check_search, lift
 from .key_store import CompactKeys, as_key_store, stored_key_bytes
@@ -64,7 +65,7 @@ class AttentionAwareGraphIndex(TokenIndex):
         rows = len(keys)
         clock = StageClock(self.build_seconds, queries.device)
         how = (o.graph_build_batch, o.knn_backend, self.num_threads)
-        keys_there = keys.to(queries.device)
+        keys_there = rows_on(keys, queries.device)
         by_query = causal_knn(keys_there, queries, positions, o.q_knn, *how, extra=extra)
         clock.stage("query_key_knn")
         wanted = o.key_degree if o.key_links else 0

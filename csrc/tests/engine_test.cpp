@@ -13,7 +13,6 @@
 #include "pool_checks.h"
 #include "retrieve_checks.h"
 #include "row_kernels.h"
-#include "tail.h"
 
 using namespace rag;
 using namespace rag::test;
@@ -262,32 +261,6 @@ void unions() {
     CHECK(unite(nullptr, 0, 10, nullptr) == 0);
 }
 
-void clusters_lose_tokens() {
-    const int64_t dim = 5, tokens = 6, count = 4, width = 5, first = 2;
-    Typed values(make_keys(Kind::random, tokens + first, dim, 6), tokens + first, dim, Dtype::bfloat16);
-    const std::vector<int32_t> assignment = {0, 1, 1, 2, 1, 0};
-    const std::vector<float> sizes = {2, 3, 1, 0};
-    const std::vector<int32_t> positions = {5, -1, 3, 4, -1};  // all of cluster 2, two of cluster 1
-    std::vector<int64_t> touched(width);
-    std::vector<float> log_left(width), scale(width), lost(width * dim), row(dim);
-    const Clusters clusters{assignment.data(), tokens, sizes.data(), count, 100};
-    const Reduced out{touched.data(), log_left.data(), scale.data(), lost.data()};
-    CHECK(take_away(values.rows, clusters, positions.data(), width, first, out) == 2);
-    CHECK(touched[0] == 101 && log_left[0] == 0.f && scale[0] == 3.f);
-    CHECK(touched[1] == 102 && std::isinf(log_left[1]) && scale[1] == 0.f);
-    CHECK(touched[2] == 103 && std::isinf(log_left[2]));
-    for (int64_t d = 0; d < dim; ++d) {
-        float sum = 0.f;
-        for (int32_t token : {3, 4}) values.rows.load(token, row.data()), sum += row[d];
-        CHECK(std::fabs(lost[d] - sum) < 1e-5f);
-    }
-    for (int32_t wrong : {1, 8}) try {
-            take_away(values.rows, clusters, &wrong, 1, first, out);
-            CHECK(!"thrown");
-        } catch (const std::invalid_argument&) {
-        }
-}
-
 }  // namespace
 
 int main() {
@@ -295,7 +268,6 @@ int main() {
     kernels_agree();
     lifted_keys_are_scored_with_their_extra();
     unions();
-    clusters_lose_tokens();
     for (int threads : {1, 2, 3, 8}) check_pool(threads);
     check_retrieval({&one, &two, &many});
     check_nearest(many);

@@ -1,13 +1,14 @@
-"""What a generation cost: every stage has its place. And names of builds, once each."""
+"""What a generation cost: every stage has its place. And builds: each name once, each at its largest."""
 
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from benchmark.measure import record
-from benchmark.shared_builds import shared_builds
+from benchmark.shared_builds import PrefilledCaches, shared_builds
 from cache_hub import CacheStats
 from config import RetroInferConfig
 from model_hub import GenerationTiming
@@ -28,3 +29,21 @@ def test_every_stage_is_told_and_the_model_is_the_rest() -> None:
 def test_a_name_given_twice_is_one_variant() -> None:
     builds = shared_builds(["full", "flat", "full", "flat+none", "flat"], RetroInferConfig())
     assert [[variant.name for variant in build] for build in builds] == [["full"], ["flat", "flat+none"]]
+
+
+def test_a_build_is_checked_with_the_variant_that_needs_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the first: one that has clusters, before anything is made."""
+    asked: list[list[tuple[str, str]]] = []
+
+    class Checked:
+        def check_memory(self, builds: Any, lengths: list[int], room: int, together: int) -> None:
+            asked.append([(strategy, settings.attention_aware_graph.estimation) for strategy, settings in builds])
+            assert (lengths, room, together) == ([7, 7], 3, 2)
+            raise ValueError("too much")
+
+    llm: Any = Checked()
+    names = ["full", "flat+none", "flat+centroid", "attention_aware_graph+none"]
+    with pytest.raises(ValueError, match="too much"):
+        PrefilledCaches(llm, torch.zeros(2, 7, dtype=torch.int64), names, RetroInferConfig(), 3)
+    assert [strategy for strategy, _ in asked[0]] == ["full", "flat", "attention_aware_graph"]
+    assert [estimation for _, estimation in asked[0]][1:] == ["centroid", "none"]

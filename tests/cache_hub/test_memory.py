@@ -117,16 +117,35 @@ def test_known_sizes_of_an_8b_model() -> None:
     assert needs("full", llama(1 << 19, new=1))[CPU]["keys and values"] == (64 << 30) + (128 << 10)
 
 
-def test_beside_a_gpu_stores_are_pinned_in_powers_of_two() -> None:
-    """What torch's allocator makes of them; one layer's keys of 2^17 tokens are 2^28 bytes, of one more 2^29."""
+def test_beside_a_gpu_stores_are_pinned_to_the_byte() -> None:
+    """And as a whole, at the length of the longest prompt."""
     at, above = (needs("flat", llama(n, device=CUDA))[CPU]["keys and values"] for n in (1 << 17, (1 << 17) + 1))
-    assert (at, above) == (32 * 2 << 28, 32 * 2 << 29)
+    assert (at, above) == (32 * 2 << 28, (32 * 2 << 28) + (128 << 10))
+    unlike = RunShape((1000, 10), 8, **LLAMA, devices=(CUDA,))
+    assert needs("flat", unlike)[CPU]["keys and values"] == 2 * 2 * 1000 * 2048
+
+
+def test_states_of_a_prompt_of_an_8b_model() -> None:
+    """524,288 tokens: hidden, queries and output 4 GiB each, keys and values 1; in the MLP 1 GiB beside two of them,
+    which is more only where the prompt is short."""
+    long = replace(llama(1 << 19), mlp_size=14336, chunk=16384)
+    assert memory.prompt_state_bytes(long) == (14 << 30, (8 << 30) + (1 << 30))
+    assert memory.prompt_state_bytes(llama(1 << 19)) == (14 << 30, 8 << 30)
+    short = replace(llama(1 << 10), mlp_size=14336, chunk=16384)
+    while_built, in_mlp = memory.prompt_state_bytes(short)
+    assert (while_built, in_mlp) == ((14 << 30) >> 9, (8 << 30 >> 9) + (1 << 26))
+    assert in_mlp > while_built
+    gpu = needs("full", replace(short, devices=(CUDA,)))[CUDA]
+    assert gpu["the prompt's states in a layer"] == in_mlp
 
 
 def test_where_things_are_beside_a_gpu() -> None:
     graph = needs("attention_aware_graph", llama(1 << 17, device=CUDA))
     assert graph[CPU].keys() == {"keys and values", "index", "clusters"}
     assert graph[CUDA].keys() >= {"static tokens", "the prompt's states in a layer"}
+    here, there = (needs("attention_aware_graph+none", llama(1 << 17, device=device)) for device in (CPU, CUDA))
+    keys = ((1 << 17) - 68) * 2048
+    assert there[CUDA]["a layer's build"] == here[CPU]["a layer's build"] + keys
     assert needs("full", llama(1 << 17, device=CUDA)).keys() == {CUDA}
     assert needs("wave_index", llama(1 << 17, device=CUDA), gpu_only=True).keys() == {CUDA}
     members = needs("wave_index", llama(1 << 17, device=CUDA))[CPU]
@@ -226,15 +245,16 @@ def test_memory_that_torch_holds_without_use_is_available(monkeypatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["full", "flat+none", "wave_index"])
 def test_agrees_with_what_a_gpu_and_pinned_memory_hold(name: str) -> None:
-    """Of 2,024 tokens: pinned stores are rounded up. On the GPU no less is held than was counted."""
+    """Of 2,024 tokens, which is no power of two. On the GPU no less is held than was counted."""
     run = Run([2024], device="cuda:0")
     strategy, settings = with_estimation(name, RetroInferConfig())
     layers = STRATEGIES[strategy].layer_needs(settings, replace(shape_of(run), devices=(CUDA,) * LAYERS), CUDA)
     pinned = sum(need.nbytes for need in layers if need.device == CPU and need.what == "keys and values") * LAYERS
     there = sum(need.nbytes for need in layers if need.device == CUDA and need.when != "build") * LAYERS
-    on_host = torch.cuda.host_memory_stats()["active_bytes.current"]
     on_gpu = torch.cuda.memory_allocated()
     cache = make_cache(strategy, settings, **run.common())
-    assert torch.cuda.host_memory_stats()["active_bytes.current"] - on_host == pinned
+    indexes = getattr(cache, "_indexes", [])
+    stores = [x for index in indexes for x in (index.keys, index.values)] or [*cache._keys, *cache._values]
+    assert sum(store.nbytes for store in stores if store.is_pinned()) == pinned
     run.prefill(cache)
     assert torch.cuda.memory_allocated() - on_gpu >= 0.99 * there
