@@ -224,8 +224,7 @@ class TritonSplits:
             *_strides(part.stand_in_ids, 3),
             HEAD_DIM=head_dim, HEADS_PER_LIST=heads_per_list, LISTS_PER_KV_HEAD=lists // kv_heads,
             BLOCK_H=max(16, triton.next_power_of_2(heads_per_list)),
-            BLOCK_N=_block_rows(part), BLOCK_D=_block_dim(head_dim),
-            COMPUTE=_dot_dtype(query, keys),
+            BLOCK_D=_block_dim(head_dim), COMPUTE=_dot_dtype(query, keys), **_tile(part),
         )  # fmt: skip
 
 
@@ -255,17 +254,17 @@ def _num_lists(part: WeightedPart) -> int:
     return part.keys.shape[1] if part.ids is None else part.ids.shape[1]
 
 
-def _block_rows(part: WeightedPart) -> int:
-    """Rows a program reads at a time: at most 16 KiB of keys, so that three stages fit any GPU's shared memory."""
+def _tile(part: WeightedPart) -> dict[str, int]:
+    """How a program reads: at most 16 KiB of keys at a time, so that three stages fit any GPU's shared memory."""
     row_bytes = part.keys.shape[3] * part.keys.element_size()
-    return 64 if row_bytes <= 256 else 32
+    return {"BLOCK_N": 64 if row_bytes <= 256 else 32, "num_warps": 4, "num_stages": 3}
 
 
 def _num_splits(query: Tensor, part: WeightedPart) -> int:
     """Programs per id list: each has a block of rows at least, and together they fill the device."""
     lists = query.shape[0] * _num_lists(part)
     programs = _PROGRAMS_PER_SM * _multiprocessors(query.device)
-    return min(triton.cdiv(part.num_rows, _block_rows(part)), triton.cdiv(programs, lists))
+    return min(triton.cdiv(part.num_rows, _tile(part)["BLOCK_N"]), triton.cdiv(programs, lists))
 
 
 def _multiprocessors(device: torch.device) -> int:

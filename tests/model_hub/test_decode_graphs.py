@@ -1,0 +1,86 @@
+"""Decode steps replayed as CUDA graphs give what the same steps give without them."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from config import RetroInferConfig
+from model_hub import load_model
+from model_hub.decode_graphs import DecodeGraphs, graphs_of
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def settings_of(strategy: str, use_cuda_graph: bool, **graph: Any) -> RetroInferConfig:
+    graph = {"top_k": 20, "ef_search": 60, "key_degree": 16, "key_links": 12, "insert_batch": 8, **graph}
+    return RetroInferConfig(
+        retrieval_strategy=strategy, use_cuda_graph=use_cuda_graph, attention_aware_graph=graph
+    )
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("lengths", [[300], [300, 300, 300], [280, 13, 170]])
+@pytest.mark.parametrize(
+    ("strategy", "graph"),
+    [
+        ("full", {}),
+        ("attention_aware_graph", {"estimation": "none"}),
+        ("attention_aware_graph", {"estimation": "centroid"}),
+        ("attention_aware_graph", {"estimation": "centroid", "estimation_budget": 0.5}),
+        ("attention_aware_graph", {"estimation": "softmax_lift"}),
+        ("attention_aware_graph", {"estimation": "centroid", "insert_batch": 0}),
+        ("flat", {"estimation": "centroid"}),
+        ("wave_index", {}),
+    ],
+)
+def test_replayed_steps_equal_eager_ones(tiny_folder, strategy, graph, lengths):
+    """With forced tokens, over prompts of one length and of several, while generated tokens enter the index, and behind
+    a rewind where the strategy knows one."""
+    llm = load_model(str(tiny_folder("llama-tied-llama3-rope")), 512, "fp32", "cuda:0")
+    torch.manual_seed(0)
+    ids = torch.randint(1, 256, (len(lengths), max(lengths)))
+    mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    forced = torch.randint(1, 256, (30, len(lengths)), device="cuda")
+    seen = []
+    for use_cuda_graph in (False, True):
+        settings = settings_of(strategy, use_cuda_graph, **graph)
+        cache = llm.init_cache(strategy, settings, lengths, 30)
+        llm.prefill(ids, mask.long(), cache)
+        logits = [llm.decode_step(tokens, cache) for tokens in forced[:29]]
+        if graph.get("insert_batch") == 0 or strategy == "full":
+            cache.rewind()
+            logits += [llm.decode_step(tokens, cache) for tokens in forced[:9]]
+        seen.append((torch.stack(logits), cache.stats, cache))
+        assert isinstance(getattr(cache, "graphs", None), DecodeGraphs) == (
+            use_cuda_graph and strategy != "wave_index"
+        )
+    error = (seen[0][0] - seen[1][0]).norm(dim=-1) / seen[0][0].norm(dim=-1)
+    assert error.max() < 1e-4
+    for counter in ("attended", "attended_of", "estimated", "scored", "scored_of", "bytes_moved"):
+        assert getattr(seen[0][1], counter) == getattr(seen[1][1], counter), counter
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_generate_takes_the_setting(tiny_folder):
+    llm = load_model(str(tiny_folder("qwen3")), 512, "fp32", "cuda:0")
+    torch.manual_seed(0)
+    ids = torch.randint(1, 256, (2, 250))
+    tokens = []
+    for use_cuda_graph in (False, True):
+        config = {"RetroInfer": settings_of("attention_aware_graph", use_cuda_graph).model_dump()}
+        tokens.append(llm.generate("RetroInfer", ids, None, 24, config))
+    assert tokens[0] == tokens[1]
+    assert llm.cache is not None and llm.cache.graphs is not None
+
+
+def test_on_a_cpu_nothing_is_replayed(tiny_folder):
+    llm = load_model(str(tiny_folder("llama-tied-llama3-rope")), 512, "fp32", "cpu")
+    ids = torch.randint(1, 256, (1, 100))
+    cache = llm.init_cache("full", settings_of("full", True), [100], 4)
+    llm.prefill(ids, None, cache)
+    llm.decode_step(torch.tensor([1]), cache)
+    assert cache.use_cuda_graph
+    assert graphs_of(llm, cache) is None
