@@ -351,9 +351,8 @@ class TokenIndexCache(GrowingLayers):
         if self._groups[layer_idx]:
             held.append(self._buffers_of(layer_idx).positions)
         if tail is not None:
-            held.append(tail.centroids)
-        chosen = tail.attended if tail is not None and tail.share < 1 else 0
-        return (*(tensor.data_ptr() for tensor in held), chosen)
+            held += [tail.centroids, *([tail.wanted()] if tail.share < 1 else [])]
+        return tuple(tensor.data_ptr() for tensor in held)
 
     def note_step(self, layer_idx: int) -> None:
         static = sum(self._zones[layer_idx].counts)

@@ -133,9 +133,9 @@ class CentroidTail:
         logits = grouped @ self.centroids.float().transpose(2, 3) + self.log_sizes[:, :, None]
         mass = logits.softmax(-1).sum(2)
         rank = mass.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
-        return rank < self._wanted()[:, None, None]
+        return rank < self.wanted()[:, None, None]
 
-    def _wanted(self) -> Tensor:
+    def wanted(self) -> Tensor:
         """Clusters to attend to of each sequence, [B] on the device; made anew where that changes."""
         wanted = [round(count * self.share) for count in self.clusters]
         if wanted != self._chosen_of[0]:

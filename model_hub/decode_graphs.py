@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -88,12 +89,15 @@ class DecodeGraphs:
         now = [self._cache.captured(layer) for layer in range(len(self._llm.layers))]
         if now != captured:
             self._acts.clear()
-            self._capture()
+            tape = _Tape(self._acts, self._llm.device)
+            try:
+                self._capture(tape)
+            finally:
+                tape.end()
         self._captured = self._cache.version, now
 
-    def _capture(self) -> None:
+    def _capture(self, tape: _Tape) -> None:
         llm, cache = self._llm, self._cache
-        tape = _Tape(self._acts, llm.device)
         hidden = F.embedding(self._tokens[:, None], llm.embedding)
         cos, sin = llm.cos_sin(self._positions[:, None])
         for index, layer in enumerate(llm.layers):
@@ -109,7 +113,6 @@ class DecodeGraphs:
                 tape.cut(answers=index)
             hidden = layer.finish(hidden, cache.end(begun, index), llm.mlp_chunk)
         self._logits = llm.project_out(hidden[:, -1])
-        tape.end()
 
 
 class _Tape:
@@ -121,6 +124,10 @@ class _Tape:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pools: dict[torch.device, Any] = {}
         self._open(device)
+
+        # What is freed during a capture, such as pinned memory, may have to wait for the device, which would end it.
+        self._collects = gc.isenabled()
+        gc.disable()
 
     def _open(self, device: torch.device) -> None:
         self._device = device
@@ -156,6 +163,8 @@ class _Tape:
     def end(self) -> None:
         """Ends the last graph."""
         self._close()
+        if self._collects:
+            gc.enable()
 
 
 def graphs_of(llm: LLM, cache: KV_Cache) -> DecodeGraphs | None:

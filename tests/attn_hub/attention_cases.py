@@ -1,12 +1,26 @@
 """Inputs of the attention tests, and weighted attention written out row by row in float64."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 
+import pytest
 import torch
 from torch import Tensor
 
 from attn_hub import WeightedPart
+
+# The kernels: compiled where there is a GPU, else by Triton's interpreter.
+KERNELS = (
+    pytest.param("compiled", marks=pytest.mark.gpu)
+    if torch.cuda.is_available()
+    else pytest.param(
+        "interpreted",
+        marks=pytest.mark.skipif(
+            os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_attention_interpreted.py in its own process"
+        ),
+    )
+)
 
 
 def random_store(batch: int, kv_heads: int, rows: int, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:

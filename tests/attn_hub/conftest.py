@@ -1,26 +1,14 @@
 """The implementations of weighted decode attention that every property is checked on."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
-import torch
+from attention_cases import KERNELS
 from torch import Tensor
 
 from attn_hub import WeightedPart
 from attn_hub.reference import reference_weighted_decode_attention
-
-KERNELS = (
-    pytest.param("compiled", marks=pytest.mark.gpu)
-    if torch.cuda.is_available()
-    else pytest.param(
-        "interpreted",
-        marks=pytest.mark.skipif(
-            os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_attention_interpreted.py in its own process"
-        ),
-    )
-)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import KERNELS
+from attention_cases import KERNELS
 
 from attn_hub import append_token, post
 

@@ -14,9 +14,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 def settings_of(strategy: str, use_cuda_graph: bool, **graph: Any) -> RetroInferConfig:
     graph = {"top_k": 20, "ef_search": 60, "key_degree": 16, "key_links": 12, "insert_batch": 8, **graph}
-    return RetroInferConfig(
-        retrieval_strategy=strategy, use_cuda_graph=use_cuda_graph, attention_aware_graph=graph
-    )
+    return RetroInferConfig(retrieval_strategy=strategy, use_cuda_graph=use_cuda_graph, attention_aware_graph=graph)
 
 
 @pytest.mark.gpu
@@ -53,9 +51,7 @@ def test_replayed_steps_equal_eager_ones(tiny_folder, strategy, graph, lengths):
             cache.rewind()
             logits += [llm.decode_step(tokens, cache) for tokens in forced[:9]]
         seen.append((torch.stack(logits), cache.stats, cache))
-        assert isinstance(getattr(cache, "graphs", None), DecodeGraphs) == (
-            use_cuda_graph and strategy != "wave_index"
-        )
+        assert isinstance(getattr(cache, "graphs", None), DecodeGraphs) == (use_cuda_graph and strategy != "wave_index")
     error = (seen[0][0] - seen[1][0]).norm(dim=-1) / seen[0][0].norm(dim=-1)
     assert error.max() < 1e-4
     for counter in ("attended", "attended_of", "estimated", "scored", "scored_of", "bytes_moved"):
@@ -73,7 +69,8 @@ def test_generate_takes_the_setting(tiny_folder):
         config = {"RetroInfer": settings_of("attention_aware_graph", use_cuda_graph).model_dump()}
         tokens.append(llm.generate("RetroInfer", ids, None, 24, config))
     assert tokens[0] == tokens[1]
-    assert llm.cache is not None and llm.cache.graphs is not None
+    assert llm.cache is not None
+    assert llm.cache.graphs is not None
 
 
 def test_on_a_cpu_nothing_is_replayed(tiny_folder):
