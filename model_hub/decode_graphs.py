@@ -123,11 +123,10 @@ class _Tape:
         self._acts = acts
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pools: dict[torch.device, Any] = {}
-        self._open(device)
-
         # What is freed during a capture, such as pinned memory, may have to wait for the device, which would end it.
         self._collects = gc.isenabled()
         gc.disable()
+        self._open(device)
 
     def _open(self, device: torch.device) -> None:
         self._device = device

@@ -16,7 +16,7 @@ from torch import Tensor
 from attn_hub.parts import WeightedPart, check_parts
 
 # Programs started per multiprocessor, so that enough row reads are in flight to fill the memory's bandwidth.
-_PROGRAMS_PER_SM = 4
+_PROGRAMS_PER_SM, _HOST_PROGRAMS_PER_SM = 2, 16
 _MERGE_BLOCK = 32
 # What changes from step to step must not compile a kernel anew.
 _VARYING = [
@@ -254,8 +254,15 @@ def _num_lists(part: WeightedPart) -> int:
     return part.keys.shape[1] if part.ids is None else part.ids.shape[1]
 
 
+def _reads_host(part: WeightedPart) -> bool:
+    return part.ids is not None and part.keys.device.type == "cpu" and part.keys.is_pinned()
+
+
 def _tile(part: WeightedPart) -> dict[str, int]:
-    """How a program reads: at most 16 KiB of keys at a time, so that three stages fit any GPU's shared memory."""
+    """How a program reads. GPU memory: at most 16 KiB of keys at a time, so that three stages fit any GPU's shared
+    memory; host memory: few rows by many small programs, as each waits long for its own. Both measured on an H100."""
+    if _reads_host(part):
+        return {"BLOCK_N": 16, "num_warps": 1, "num_stages": 1}
     row_bytes = part.keys.shape[3] * part.keys.element_size()
     return {"BLOCK_N": 64 if row_bytes <= 256 else 32, "num_warps": 4, "num_stages": 3}
 
@@ -263,7 +270,8 @@ def _tile(part: WeightedPart) -> dict[str, int]:
 def _num_splits(query: Tensor, part: WeightedPart) -> int:
     """Programs per id list: each has a block of rows at least, and together they fill the device."""
     lists = query.shape[0] * _num_lists(part)
-    programs = _PROGRAMS_PER_SM * _multiprocessors(query.device)
+    each = _HOST_PROGRAMS_PER_SM if _reads_host(part) else _PROGRAMS_PER_SM
+    programs = each * _multiprocessors(query.device)
     return min(triton.cdiv(part.num_rows, _tile(part)["BLOCK_N"]), triton.cdiv(programs, lists))
 
 
