@@ -140,8 +140,10 @@ class _Tape:
         self._graph.capture_begin(self._pools[device], capture_error_mode="thread_local")
 
     def _close(self, asks: int | None = None, answers: int | None = None) -> None:
-        self._graph.capture_end()
-        self._context.__exit__(None, None, None)
+        try:
+            self._graph.capture_end()
+        finally:
+            self._context.__exit__(None, None, None)
         self._acts.append(_Replay(self._graph, self._device, asks, answers))
 
     def cut(self, asks: int | None = None, answers: int | None = None) -> None:

@@ -41,7 +41,7 @@ from .bandwidth import copy_bandwidths, synchronize
 from .dense import DenseModel, DenseSizes
 from .extended import ExtendedTraces, Shape
 from .latency_row import costs, of_token, remarks, table
-from .steps import Prompts, compare, fill, play
+from .steps import PROFILED, Prompts, compare, fill, play, profile
 
 STRATEGIES = "full,wave_index,attention_aware_graph+none,attention_aware_graph+centroid,flat+none"
 
@@ -71,6 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vocab", type=int, default=128256, help="rows of the output projection, for --dense (default: 128256)")
     add("--device", default=default_device(), help="cpu or cuda:N")
     add("--dtype", default="bf16" if gpu else "fp32", choices=sorted(DTYPES), help="of states and weights")
+    add("--profile", type=Path, help="folder for traces and tables of torch.profiler over some steps of every row")
     add("--output", type=Path, required=True, help="JSON file of the rows")
     add_config_args(parser)
     return parser.parse_args(argv)
@@ -134,6 +135,9 @@ class Latency:
                 play(cache, steps, warmup, args.device, self.dense)
                 dense = self.dense, play(cache, steps, timed, args.device, self.dense)
             row |= of_token(row, prompts, self.bandwidths, dense)
+            if args.profile:
+                name = f"{variant.name}_{prompts.length}_{prompts.batch}".replace("+", "_")
+                profile(args.profile / name, cache, steps, timed[:PROFILED], args.device, self.dense)
             if args.recall_steps:
                 play(cache, steps, warmup, args.device)
                 row |= compare(cache, steps, timed[: args.recall_steps], args.device)
@@ -157,7 +161,8 @@ class Latency:
 def room(args: argparse.Namespace) -> int:
     """Tokens that are decoded behind one prompt before the cache is rewound, or freed."""
     passes = 2 if args.dense else 1
-    return passes * (args.warmup + args.steps) + (args.warmup + args.recall_steps if args.recall_steps else 0)
+    untimed = (args.warmup + args.recall_steps if args.recall_steps else 0) + (PROFILED if args.profile else 0)
+    return passes * (args.warmup + args.steps) + untimed
 
 
 def row_key(variant: Variant, batch: int, length: int) -> str:

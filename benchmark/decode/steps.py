@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -13,9 +14,12 @@ from cache_hub import CacheStats, KV_Cache, make_cache
 from cache_hub.stats import Agreement
 from config import RetroInferConfig
 
+from ..results import write_text
 from .bandwidth import synchronize
 from .dense import DenseModel, StepStates
 from .extended import ExtendedTraces
+
+PROFILED = 4
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,19 @@ def play(cache: KV_Cache, steps: StepStates, which: range, device: str, dense: D
     spent = {name: now - stages.get(name, 0.0) for name, now in cache.stats.seconds.items()}
     counts = {name: count - before[name] for name, count in _counts(cache.stats).items()}
     return Played(seconds, {name: took for name, took in spent.items() if took > 0}, counts)
+
+
+def profile(
+    path: Path, cache: KV_Cache, steps: StepStates, which: range, device: str, dense: DenseModel | None
+) -> None:
+    """Decodes some steps under torch.profiler: path.json, a trace that browsers show, and path.txt, a table of what the
+    device and the host spent where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile() as found:
+        play(cache, steps, which, device, dense)
+    found.export_chrome_trace(str(path.with_suffix(".json")))
+    by = "self_cuda_time_total" if torch.device(device).type == "cuda" else "self_cpu_time_total"
+    write_text(path.with_suffix(".txt"), found.key_averages().table(sort_by=by, row_limit=60))
 
 
 @torch.inference_mode()

@@ -182,6 +182,15 @@ def test_a_dense_models_attention_gets_the_recorded_states() -> None:
     assert dense.layer_ms > 0 < dense.head_ms
 
 
+def test_a_profile_of_every_row_is_kept_where_it_is_asked_for(traces: Path) -> None:
+    names = "full,attention_aware_graph+centroid"
+    assert call(traces, "--strategies", names, "--context_len", "250", "--profile", str(traces / "profiles")) == 0
+    for name in ("full", "attention_aware_graph_centroid"):
+        path = traces / "profiles" / f"{name}_250_1"
+        assert json.loads(path.with_suffix(".json").read_text())["traceEvents"]
+        assert "aten::" in path.with_suffix(".txt").read_text()
+
+
 def test_a_second_call_measures_what_is_missing(traces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(traces, "--strategies", "flat+none", "--context_len", "250") == 0
     before = written(traces)["rows"]
