@@ -42,7 +42,7 @@ def test_lists_are_the_k_best_that_a_query_sees(
 
 @pytest.mark.parametrize(("width", "k"), [(1, 1), (63, 63), (100, 7), (1024, 32), (2050, 32)])
 def test_largest_are_the_first_of_a_stable_sort(device: str, width: int, k: int) -> None:
-    from cache_hub.index.streaming_topk import largest
+    from cache_hub.index.chunk_topk import largest
 
     torch.manual_seed(width)
     # Ties within a row, both infinities, and rows of one value.
