@@ -138,7 +138,7 @@ class Search:
             "BLOCK_N": max(tiles.keys // self.shrink, 32),
             "COMPUTE": _DOTS[self.half.dtype] if self.half.is_cuda else tl.float32,
             "STAGES": tiles.stages,
-            "num_warps": tiles.warps,
+            "num_warps": max(tiles.warps // self.shrink, 4),
             "num_stages": tiles.stages,
             **self.shape,
         }
@@ -194,7 +194,7 @@ class Asked:
             hits_kernel[(len(order),)](
                 self.half, search.half, self.half_beside, search.half_beside, self.visible, order, self.threshold,
                 hits, counts, m, len(search.half), self.half.stride(0), search.half.stride(0),
-                CAPACITY=search.room // LISTS, maxnreg=_registers(search.tuning.hits), **options,
+                CAPACITY=search.room // LISTS, maxnreg=_registers(options), **options,
             )  # fmt: skip
         return hits, counts
 
@@ -232,9 +232,11 @@ class Asked:
             )  # fmt: skip
 
 
-def _registers(tiles: Tiles) -> int:
-    """Of a thread, so that two programs of 128 x 128 products in 8 warps fit a multiprocessor."""
-    return 128 if tiles.queries * tiles.keys <= 128 * 128 and tiles.warps == 8 else 255
+def _registers(options: dict[str, Any]) -> int:
+    """Of a thread: as many as let two programs run on a multiprocessor at a time where the products leave room."""
+    threads = 32 * options["num_warps"]
+    products = options["BLOCK_M"] * options["BLOCK_N"] // threads
+    return min(65536 // threads // (2 if products <= 64 else 1), 255)
 
 
 def _halves(states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

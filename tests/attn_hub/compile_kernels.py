@@ -61,7 +61,7 @@ def compile_topk(capability: int, dtype: str, dim: int, beside: str | None) -> N
         here = sizes | {"BLOCK_N": 128 // shrink}
         if tile is not None:
             here |= {"BLOCK_M": tile.queries // shrink, "BLOCK_N": tile.keys // shrink, "STAGES": tile.stages}
-            options = {"num_warps": tile.warps, "num_stages": tile.stages, **options}
+            options = {"num_warps": max(tile.warps // shrink, 4), "num_stages": tile.stages, **options}
         constants = {name: value for name, value in (here | absent).items() if name in kernel.arg_names}
         exact = types | {"queries": dtype, "keys": dtype} if kernel is score_kernel else types
         compile_kernel(kernel, capability, exact, constants, **options)
