@@ -36,29 +36,34 @@ def causal_knn(
     keys [R, N, D], queries [R, g, M, D] (any float dtype; computed in float32 on the queries' device), positions [M]
     and extra [R, N] as in TokenIndex.build. Returns [R, g, M, k] int32 on the queries' device, best first, -1 pads.
     A thread works on `block` queries at a time; beside them it holds their lists, and with the torch backend their
-    scores, block x N. triton takes eight times `block`, for which it holds a quarter of that, native at most 2048, for
-    which it holds what native_topk says.
+    scores, block x N. native takes at most 2048, for which it holds what native_topk says. triton takes all g x M of a
+    row, of which it makes a float32 copy where keys have another type, and holds what streaming_topk says.
     """
-    rows, n, _ = keys.shape
+    rows, n, dim = keys.shape
     group, m = queries.shape[1:3]
     device = queries.device
     backend = choose_backend(backend, device)
-    lists_of, block = BACKENDS[backend], _block(backend, block)
-    visible = torch.full((m,), n) if positions is None else (positions.cpu() + 1).clamp(0, n)
-    exact_in_short = backend == "triton" and keys.dtype == queries.dtype
-    dtype = keys.dtype if exact_in_short else torch.float32
+    on_gpu = backend == "triton"
+    lists_of, block = BACKENDS[backend], max(m, 1) if on_gpu else _block(backend, block)
+    heads_at_once = group if on_gpu else 1
+    where = device if on_gpu else torch.device("cpu")
+    visible = torch.full((m,), n, device=where) if positions is None else (positions.to(where) + 1).clamp(0, n)
+    dtype = keys.dtype if on_gpu and keys.dtype == queries.dtype else torch.float32
     # The native code reads the store as it is.
     keys = keys.to(device) if backend == "native" else keys.to(device, dtype).contiguous()
     held = None if extra is None else extra.to(device, torch.float32).contiguous()
     lists = torch.empty(rows, group, m, k, dtype=torch.int32, device=device)
 
-    def work(r: int, h: int, begin: int) -> None:
-        part = slice(begin, min(begin + block, m))
-        asked = queries[r, h, part].to(dtype).contiguous()
+    def work(r: int, head: int, begin: int) -> None:
+        heads, part = slice(head, head + heads_at_once), slice(begin, min(begin + block, m))
+        asked = queries[r, heads, part].to(dtype).reshape(-1, dim).contiguous()
         beside = None if held is None else (held[r], torch.ones(len(asked), device=device))
-        lists[r, h, part] = lists_of(keys[r], asked, visible[part], k, beside)
+        found = lists_of(keys[r], asked, visible[part].repeat(heads_at_once), k, beside)
+        lists[r, heads, part] = found.view(heads_at_once, -1, k)
 
-    tasks = [(r, h, begin) for r in range(rows) for h in range(group) for begin in range(0, m, block)]
+    tasks = [
+        (r, head, begin) for r in range(rows) for head in range(0, group, heads_at_once) for begin in range(0, m, block)
+    ]
     in_parallel(work, tasks, device, num_threads)
     return lists
 
@@ -84,13 +89,15 @@ def key_knn(
     if k == 0:
         return lists
     backend = choose_backend(backend, keys.device)
-    lists_of, block = BACKENDS[backend], _block(backend, min(block, _KEY_BLOCK) if backend == "faiss" else block)
-    split = extra is not None and backend == "triton"  # whose tiles would be twice as wide
+    on_gpu = backend == "triton"
+    lists_of, block = BACKENDS[backend], n if on_gpu else _block(backend, block, _KEY_BLOCK)
+    split = extra is not None and on_gpu  # whose tiles would be twice as wide
+    where = keys.device if on_gpu else torch.device("cpu")
 
     def work(begin: int) -> None:
         part = torch.arange(begin, min(begin + block, n), device=keys.device)
         beside = None if held is None else (held, held[part])
-        ids = lists_of(centred, centred[part], torch.full((len(part),), n), k + 1, beside)
+        ids = lists_of(centred, centred[part], torch.full((len(part),), n, device=where), k + 1, beside)
         # A key is its own neighbour; among exact duplicates it may not be the first, or not even listed.
         keep = ids != part[:, None]
         keep[:, -1] &= ~keep.all(dim=1)
@@ -114,9 +121,9 @@ def directions(keys: Tensor, extra: Tensor | None = None, root: Tensor | None = 
     return normalize(centred if root is None else centred @ root.to(centred), dim=2).contiguous()
 
 
-def _block(backend: str, block: int) -> int:
+def _block(backend: str, block: int, faiss_block: int | None = None) -> int:
     """Queries of one task."""
-    return {"native": min(block, _NATIVE_BLOCK), "triton": 8 * block}.get(backend, block)
+    return min(block, {"native": _NATIVE_BLOCK, "faiss": faiss_block or block}.get(backend, block))
 
 
 def exact_topk(keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -56,10 +56,7 @@ def _by_native(keys: Tensor, queries: Tensor, visible: Tensor, k: int, beside: B
 def _by_triton(keys: Tensor, queries: Tensor, visible: Tensor, k: int, beside: Beside) -> Tensor:
     from .streaming_topk import streaming_topk  # Triton only where it is used
 
-    seen = int(visible[-1])
-    if not seen:
-        return torch.full((len(queries), k), -1, dtype=torch.int32, device=keys.device)
-    return streaming_topk(keys[:seen], queries, visible.to(keys.device, torch.int32), k, beside)
+    return streaming_topk(keys, queries, visible.int(), k, beside)
 
 
 def _by_torch(keys: Tensor, queries: Tensor, visible: Tensor, k: int, beside: Beside) -> Tensor:
@@ -128,6 +125,6 @@ def _by_faiss(keys: Tensor, queries: Tensor, visible: Tensor, k: int, beside: Be
 
 
 # Each takes keys [n, D] and queries [m, D], float32 with contiguous rows (triton: of one type; native: keys of any),
-# visible [m] on the CPU, non-decreasing, k and Beside. Returns lists [m, k] int32 on the queries' device, best first,
-# -1 pads: query i sees the keys 0..visible[i] - 1.
+# visible [m] on the CPU, non-decreasing (triton: on the GPU, in any order), k and Beside. Returns lists [m, k] int32 on
+# the queries' device, best first, -1 pads: query i sees the keys 0..visible[i] - 1.
 BACKENDS = {"native": _by_native, "faiss": _by_faiss, "triton": _by_triton, "torch": _by_torch}

@@ -8,20 +8,24 @@ from triton.compiler import ASTSource
 from attn_hub.kernels.copy_rows import copy_rows_kernel
 from attn_hub.kernels.hand_over import append_token_kernel, post_kernel
 from attn_hub.kernels.weighted_decode import attend_rows_kernel, merge_splits_kernel
+from cache_hub.index.chunk_topk import chunk_maxima_kernel, chunk_scores_kernel, largest_kernel
 from cache_hub.index.projection import pair_scores_kernel, prune_fill_kernel
-from cache_hub.index.streaming_topk import chunk_maxima_kernel, chunk_scores_kernel, largest_kernel
+from cache_hub.index.streaming_topk import Tuning
+from cache_hub.index.topk_kernels import LISTS, expand_kernel, hits_kernel, rank_kernel, score_kernel, threshold_kernel
 
 # Shared memory of one program: sm_86 and sm_89 have 99 KiB, the least of all GPUs since Ampere.
 SHARED_MEMORY_LIMIT = 99 * 1024
 
 
-def compile_kernel(kernel: triton.JITFunction, capability: int, types: dict[str, str], constants: dict) -> None:
+def compile_kernel(
+    kernel: triton.JITFunction, capability: int, types: dict[str, str], constants: dict, **options: int
+) -> None:
     """types: argument -> pointer or float type (all others are i32); constants: argument -> value."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     positions = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, positions)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     if compiled.metadata.shared > SHARED_MEMORY_LIMIT:
         raise SystemExit(f"{kernel.__name__} on sm_{capability}: {compiled.metadata.shared} B of shared memory")
 
@@ -36,6 +40,34 @@ def compile_attend(capability: int, store: str, block_rows: int, head_dim: int, 
     types = {"query": store, "keys": store, "values": store, "scale": "fp32"}
     types |= {"partial_out": "*fp32", "partial_sum": "*fp32", "partial_max": "*fp32", **optional}
     compile_kernel(attend_rows_kernel, capability, types, constants)
+
+
+def compile_topk(capability: int, dtype: str, dim: int, beside: str | None) -> None:
+    """The kernels of streaming_topk for keys of a type, whose products are in 16 bits."""
+    half = "*fp16" if dtype == "*fp32" else dtype
+    room, shrink = 512, max(dim // 128, 1)
+    given = {"beside_queries": beside, "beside_keys": beside, "beside_sampled": beside}
+    absent = {name: value for name, value in given.items() if value is None}
+    types = {"queries": half, "keys": half, "sampled": half, "sample_ids": "*i32", "visible": "*i32", "order": "*i32"}
+    types |= {"thresholds": "*fp32", "hits": "*i64", "counts": "*i32", "ids": "*i32", "totals": "*i32"}
+    types |= {"ranked": "*i64", "floors": "*fp32", "out": "*i32", "failed": "*i1"}
+    types |= {name: value for name, value in given.items() if value is not None}
+    sizes = {"DIM": dim, "BLOCK_D": dim, "COMPUTE": tl.float16 if half == "*fp16" else tl.bfloat16, "ROOM": room}
+    sizes |= {"CAPACITY": room // LISTS, "SLOTS": 64 // shrink, "BLOCK_C": 32, "LOG_Q": 2, "LOG_C": 7, "LOG_K": 5}
+    for kernel, tile, options in (
+        (threshold_kernel, Tuning.threshold, {}),
+        (hits_kernel, Tuning.hits, {"maxnreg": 128}),
+        (expand_kernel, None, {}),
+        (score_kernel, None, {}),
+        (rank_kernel, None, {}),
+    ):
+        here = sizes | {"BLOCK_N": 128 // shrink}
+        if tile is not None:
+            here |= {"BLOCK_M": tile.queries // shrink, "BLOCK_N": tile.keys // shrink, "STAGES": tile.stages}
+            options = {"num_warps": max(tile.warps // shrink, 4), "num_stages": tile.stages, **options}
+        constants = {name: value for name, value in (here | absent).items() if name in kernel.arg_names}
+        exact = types | {"queries": dtype, "keys": dtype} if kernel is score_kernel else types
+        compile_kernel(kernel, capability, exact, constants, **options)
 
 
 if __name__ == "__main__":
@@ -54,6 +86,9 @@ if __name__ == "__main__":
     for capability in (80, 90):
         for width, dim in ((16, 64), (32, 256)):
             compile_kernel(prune_fill_kernel, capability, prune_types, {"BLOCK_W": width, "BLOCK_D": dim})
+        for beside in ("*fp32", None):
+            compile_topk(capability, "*bf16", 128, beside)
+            compile_topk(capability, "*fp32", 256, beside)
         for dtype, tile, dim in (("*bf16", 128, 128), ("*fp32", 64, 128), ("*fp32", 32, 256)):
             types = {"queries": dtype, "keys": dtype, "visible": "*i32"}
             tiles = {"BLOCK_D": dim, "CHUNK": 32}
