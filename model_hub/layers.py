@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_hub.rotary import rotate
+from attn_hub import rotate
 from model_hub.spec import ModelSpec
 
 
@@ -47,7 +47,9 @@ class DecoderLayer:
         query, key, value = states.split([spec.num_heads, spec.num_key_value_heads, spec.num_key_value_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self._norm(query, self.q_norm), self._norm(key, self.k_norm)
-        return rotate(query, cos, sin), rotate(key, cos, sin), value
+            return rotate(query, cos, sin), rotate(key, cos, sin), value
+        both = rotate(states[:, :, : -spec.num_key_value_heads], cos, sin)
+        return both[:, :, : spec.num_heads], both[:, :, spec.num_heads :], value
 
     def project_prompt(self, hidden: Tensor, cos: Tensor, sin: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
         """As `project`, on `chunk` tokens at a time: of all tokens no states are held but hidden and the result."""

@@ -30,9 +30,3 @@ def cos_sin(positions: Tensor, frequencies: Tensor, scaling: float, dtype: torch
     """cos and sin [*positions.shape, 1, head_dim / 2] in `dtype`; angles are float32. The 1 is the heads' place."""
     angles = (positions[..., None].float() * frequencies)[..., None, :]
     return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
-
-
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates [b, L, heads, D] by cos and sin [b or 1, L, 1, D / 2]; pairs are (i, i + D / 2), as in Hugging Face."""
-    first, second = states.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from model_hub.rotary import cos_sin, rotate
+from attn_hub import rotate
+from model_hub.rotary import cos_sin
 from model_hub.spec import ModelSpec
 
 # Projections by their name in peft's target_modules: the module of a decoder layer that holds them.

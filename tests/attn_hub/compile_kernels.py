@@ -7,6 +7,7 @@ from triton.compiler import ASTSource
 
 from attn_hub.kernels.copy_rows import copy_rows_kernel
 from attn_hub.kernels.hand_over import append_token_kernel, post_kernel
+from attn_hub.kernels.rotate import rotate_kernel
 from attn_hub.kernels.weighted_decode import attend_rows_kernel, merge_splits_kernel
 from cache_hub.index.chunk_topk import chunk_maxima_kernel, chunk_scores_kernel, largest_kernel
 from cache_hub.index.projection import pair_scores_kernel, prune_fill_kernel
@@ -82,6 +83,8 @@ if __name__ == "__main__":
     append_types = dict.fromkeys(("keys", "values", "key", "value"), "*bf16") | {"lengths": "*i32"}
     compile_kernel(append_token_kernel, 80, append_types, {"HEAD_DIM": 80, "BLOCK_D": 128})
     compile_kernel(post_kernel, 80, {"source": "*bf16", "target": "*fp32"}, {"BLOCK": 1024})
+    rotate_types = dict.fromkeys(("states", "cos", "sin", "out"), "*bf16")
+    compile_kernel(rotate_kernel, 80, rotate_types, {"HALF": 40, "BLOCK_H": 64, "BLOCK_D": 64})
     prune_types = {"keys": "*bf16", "candidates": "*i64", "scores": "*fp32", "begin": "*i64", "links": "*i32"}
     for capability in (80, 90):
         for width, dim in ((16, 64), (32, 256)):
