@@ -28,7 +28,7 @@ struct Asked {
 struct Retrieved {
     int32_t* ids;          // [R, group, k], best first, -1 pads
     float* scores;         // likewise, -inf pads; or null
-    int64_t* keys_scored;  // [R, group]
+    int64_t* keys_scored;  // [R, group]; comes with what the step before scored, or zeros, and decides who searches what
     int32_t* positions;    // [R, group * k]: ids of the group plus `first`, each once, in the order met, -1 pads; or null
     int32_t* clusters;     // [R, group * k], of each position, -1 pads; or null. All rows have an assignment then.
 };

@@ -134,11 +134,12 @@ def retrieve(
 
     Addresses of contiguous memory. In: queries [R, group, width] float32, width as KeyStore's dim, and 1 more with
     `extra`; near [R, group, near_stride] int32, of which the first num_near of a query head, -1 pads at the end, are
-    ids to start from, or 0; it must not be in `ids`. Out: ids [R, group, k] int32, best first, -1 pads; keys_scored
-    [R, group] int64; positions [R, group * k] int32: each id of the group once, plus its view's `first`, in the order
-    met, -1 pads; clusters likewise: the position's in its view's assignment, or 0. The results are the same for any
-    number of threads. ValueError for views of different widths, for clusters where a view has no assignment, for
-    num_near that `near` has not.
+    ids to start from, or 0; it must not be in `ids`. keys_scored [R, group] int64 comes as the step before left it, or
+    zeros, by which searches are dealt out, and goes with this step's. Out: ids [R, group, k] int32, best first, -1
+    pads; positions [R, group * k] int32: each id of the group once, plus its view's `first`, in the order met, -1 pads;
+    clusters likewise: the position's in its view's assignment, or 0. The results are the same for any number of
+    threads. ValueError for views of different widths, for clusters where a view has no assignment, for num_near that
+    `near` has not.
     """
 
 def row_kernels() -> list[str]: ...

@@ -264,7 +264,7 @@ class AttentionAwareGraphIndex(TokenIndex):
         starts = torch.empty(rows, group, 0, dtype=torch.int32) if near is None else near.contiguous()
         ids = torch.empty(rows, group, k, dtype=torch.int32)
         scores = torch.empty(rows, group, k)
-        keys_scored = torch.empty(rows, group, dtype=torch.int64)
+        keys_scored = torch.zeros(rows, group, dtype=torch.int64)
         walked, exact = (self._store, None) if self._compact is None else (self._compact.view(self.extra), self._store)
         _native.search(
             walked,
