@@ -20,6 +20,7 @@ from attn_hub import copy_rows
 
 # cudaHostRegisterPortable | cudaHostRegisterMapped: for every GPU, at the address that it has for the CPU.
 _FLAGS = 3
+_WORTH_HUGE_PAGES = 1 << 23
 
 
 def pinned_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -42,6 +43,15 @@ def pinned_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     storage = states.untyped_storage()
     weakref.finalize(storage, _release, region, states.data_ptr(), os.getpid()).atexit = False
     return states.view(dtype).view(tuple(shape))
+
+
+def huge_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor in CPU memory, with whatever in it: in huge pages, where the system has them and it fills some, since
+    what is read here and there misses the address cache on nearly every read otherwise."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _WORTH_HUGE_PAGES:
+        return torch.empty(tuple(shape), dtype=dtype)
+    return torch.frombuffer(map_region(nbytes), dtype=dtype).view(tuple(shape))
 
 
 def map_region(nbytes: int) -> mmap.mmap:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..pinned import huge_empty
 from . import _native
 from .tensor_file import check_ids
 
@@ -51,7 +52,7 @@ class PackedLinks:
         if segments == 0:
             return links
         rows, keys, width = links.shape
-        data = torch.empty(rows, keys, slots, dtype=torch.uint16)
+        data = huge_empty((rows, keys, slots), torch.uint16)
         _native.pack_links(links.data_ptr(), rows * keys, width, segments, slots, num_threads, data.data_ptr())
         return data
 

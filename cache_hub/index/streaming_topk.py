@@ -53,8 +53,8 @@ class Tuning:
     sample: int = 16
     scored: int = 32
     score_warps: int = 2
-    ranked: int = 2
-    rank_warps: int = 4
+    ranked: int = 0
+    rank_warps: int = 1
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cache_hub import pinned
-from cache_hub.pinned import pinned_empty, rows_on
+from cache_hub.pinned import huge_empty, pinned_empty, rows_on
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -141,3 +141,13 @@ def test_pinned_memory_comes_and_goes() -> None:
         del states
     assert there.shape == ((1 << 26) + 4096,)
     assert torch.cuda.host_memory_stats()["active_bytes.current"] == held
+
+
+@pytest.mark.parametrize("rows", [0, 7, 1 << 21])
+def test_memory_in_huge_pages_is_memory(rows: int) -> None:
+    states = huge_empty((2, rows, 3), torch.uint16)
+    assert states.shape == (2, rows, 3)
+    view = states[1:]
+    states.fill_(7)
+    del states
+    assert bool((view == 7).all())
