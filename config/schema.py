@@ -191,7 +191,7 @@ class RetroInferConfig(Section):
 
     The wave index reads pages_per_cluster, the budgets, cache_ratio and gpu_only. Of its other keys, n_centroids and
     n_segment are what its rule gives for one context length, while it follows the length of each prompt;
-    buffer_cluster_num and use_cuda_graph are carried and checked, but read by no strategy.
+    buffer_cluster_num is carried and checked, but read by no strategy. use_cuda_graph is for all but the wave index.
     """
 
     static_pattern_start: int = Field(
@@ -231,7 +231,7 @@ class RetroInferConfig(Section):
         description="share of the clusters held on the GPU; 0 means three times the retrieved ones",
     )
     buffer_cluster_num: int = Field(default=32, ge=1, description="clusters that the execution buffer holds at least")
-    use_cuda_graph: bool = Field(default=False, description="replay decoding as CUDA graphs")
+    use_cuda_graph: bool = Field(default=False, description="replay decode steps as CUDA graphs, on a GPU")
     gpu_only: bool = Field(default=False, description="keep the whole KV store on the GPU")
     retrieval_strategy: RetrievalStrategy = Field(
         default="wave_index",
