@@ -92,6 +92,7 @@ class TokenIndexCache(GrowingLayers):
         self._tails = []
         self._buffers: dict[torch.device, HostBuffers] = {}
         self._searches: dict[int, LayerSearch] = {}
+        self._retrieved: dict[int, tuple[int, int]] = {}  # keys scored and tokens found in the last step, by layer
         self._chosen: Tensor | None = None  # clusters that the layer begun last attends to, where that is not all
         self._tail_seconds = 0.0
         self._prompt_seconds: dict[str, float] = {}
@@ -318,24 +319,13 @@ class TokenIndexCache(GrowingLayers):
         return self._searches[layer_idx]
 
     def retrieve(self, layer_idx: int) -> None:
-        buffers, search, tail = self._buffers_of(layer_idx), self._search_of(layer_idx), self._tail_of(layer_idx)
-        stats = self.stats
-        with stats.timed("search"):
-            scored, attended = search.retrieve(buffers)
-        queries = sum(group.count for group in search.groups) * self.num_heads
-        stats.scored += scored
-        stats.scored_bytes += search.groups[0].index.scored_bytes(scored, queries, self.top_k)
-        stats.attended += attended
-        stats.bytes_moved += 2 * attended * self.head_dim * self.dtype.itemsize
-        if tail is not None:
-            stats.estimated += tail.attended
-            if self.estimation_budget < 1:
-                self._count_centroids(sum(tail.clusters))
-        if stats.agreement is not None:
-            with stats.timed("diagnosis"):
-                self._compare(buffers.queries, search.found(), layer_idx, stats.agreement)
+        buffers, search = self._buffers_of(layer_idx), self._search_of(layer_idx)
+        with self.stats.timed("search"):
+            self._retrieved[layer_idx] = search.retrieve(buffers)
+        if self.stats.agreement is not None:
+            with self.stats.timed("diagnosis"):
+                self._compare(buffers.queries, search.found(), layer_idx, self.stats.agreement)
         self.keep_query(buffers.queries.view(self.batch_size, self.num_heads, self.head_dim), layer_idx)
-        self.note_step(layer_idx)
 
     def end(self, begun: ReferenceSplits | TritonSplits, layer_idx: int) -> Tensor:
         retrieved = begun.parts[-1]
@@ -355,11 +345,23 @@ class TokenIndexCache(GrowingLayers):
         return tuple(tensor.data_ptr() for tensor in held)
 
     def note_step(self, layer_idx: int) -> None:
-        static = sum(self._zones[layer_idx].counts)
-        context = sum(self.context_lengths(layer_idx))
-        self.stats.attended += static * self.kv_head
-        self.stats.attended_of += context * self.kv_head
-        self.stats.scored_of += context * self.num_heads
+        stats, context = self.stats, sum(self.context_lengths(layer_idx))
+        stats.attended += sum(self._zones[layer_idx].counts) * self.kv_head
+        stats.attended_of += context * self.kv_head
+        stats.scored_of += context * self.num_heads
+        groups, tail = self._groups[layer_idx], self._tail_of(layer_idx)
+        if not groups:
+            return
+        scored, attended = self._retrieved[layer_idx]
+        queries = sum(group.count for group in groups) * self.num_heads
+        stats.scored += scored
+        stats.scored_bytes += groups[0].index.scored_bytes(scored, queries, self.top_k)
+        stats.attended += attended
+        stats.bytes_moved += 2 * attended * self.head_dim * self.dtype.itemsize
+        if tail is not None:
+            stats.estimated += tail.attended
+            if self.estimation_budget < 1:
+                self._count_centroids(sum(tail.clusters))
 
     def _compare(self, queries: Tensor, found: list[Found], layer_idx: int, agreement: Agreement) -> None:
         """Adds recall and attention mass of one step for queries [B * Hkv, g, D], by an exact scan of every group's

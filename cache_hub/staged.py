@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class StagedCache(KV_Cache):
     """For every layer of a step, in this order: write_token on the device, count_token on the host; where the layer
     `needs_host`, post_query on the device, and once the query has arrived, `retrieve` on the host; beside that `begin`,
-    then `end` on the device; and once `end` is on its way, `turn` on the host.
+    then `end` on the device; and once `end` is on its way, `note_step` and `turn` on the host.
 
     What the device does reads nothing from the host but what lies in pinned memory, always at the same place: it can be
     captured once and replayed, as long as `captured` stays as it was; `version` changes whenever that may have changed.
@@ -60,7 +60,7 @@ class StagedCache(KV_Cache):
         return begun.merge()
 
     def note_step(self, layer_idx: int) -> None:
-        """Counts what the layer attends to where it asks no host."""
+        """Counts what the layer did in this step."""
 
     def turn(self, layer_idx: int) -> None:
         """What the layer does with tokens generated so far, now and then."""
@@ -89,9 +89,8 @@ class StagedCache(KV_Cache):
                 arrived.synchronize()
         if asks:
             self.retrieve(layer_idx)
-        else:
-            self.note_step(layer_idx)
         with self.stats.timed("attention"):
             attended = self.end(begun, layer_idx)
+        self.note_step(layer_idx)
         self.turn(layer_idx)
         return attended

@@ -77,8 +77,7 @@ class DecodeGraphs:
                     self._events[act.device].synchronize()
                 cache.retrieve(act.answers)
         for layer in layers:
-            if not cache.needs_host(layer):
-                cache.note_step(layer)
+            cache.note_step(layer)
             cache.turn(layer)
         return self._logits.clone()
 

@@ -24,8 +24,8 @@ from attn_hub.reference import reference_weighted_decode_attention
 from benchmark.results import check_writable, environment, write_json
 
 KV_HEADS, GROUP, HEAD_DIM, DTYPE = 8, 4, 128, torch.bfloat16
-DENSE_TOKENS = (32_768, 131_072)
-GATHERED_ROWS = (2_048, 4_096)
+DENSE_TOKENS = (13_107, 32_768, 131_072)
+GATHERED_ROWS = (256, 400, 2_048, 4_096)
 GATHER_STORE_ROWS = 131_072
 COPY_BYTES = 1 << 30
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
