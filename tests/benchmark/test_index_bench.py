@@ -45,7 +45,8 @@ def fills(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(("n", "dim", "group"), [(200, 16, 1), (300, 32, 3), (600, 64, 3)])
 def test_attending_to_everything_has_no_error(tmp_path: Path, n: int, dim: int, group: int) -> None:
     folder = write_trace(tmp_path / "a", n=n, dim=dim, group=group)
-    rows = measure(folder, tmp_path / "o.json", "--strategies", "full,flat", "--set", f"{GRAPH}.top_k={n}")
+    knobs = ("--set", f"{GRAPH}.top_k={n}", "--set", f"{GRAPH}.estimation=none")
+    rows = measure(folder, tmp_path / "o.json", "--strategies", "full,flat", *knobs)
     for row in rows:
         assert row["output_error"]["worst_head"] < 1e-5
         assert row["tokens_attended"] == n

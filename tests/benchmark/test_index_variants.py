@@ -74,7 +74,9 @@ def test_the_kept_centroid_is_centroid_tail(trace: LayerTrace, top_k: int, share
     assert relative_errors(torch.stack([one.outputs for one in found]), outputs).max() < 1e-4
     queries = trace.tests.shape[2]
     assert sum(one.tokens for one in found) * queries == pytest.approx(counts["attended"])
-    assert sum(one.clusters for one in found) * queries == pytest.approx(counts["estimated"])
+    # The cache reads every cluster, those too of which nothing is left.
+    assert counts["estimated"] == 2 * queries * round(63 * share)
+    assert sum(one.clusters for one in found) * queries <= counts["estimated"]
 
 
 def test_the_union_is_softmax_lift(trace: LayerTrace) -> None:
