@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from time import perf_counter
 
@@ -17,7 +17,7 @@ from config import RetroInferConfig
 from ..results import write_text
 from .bandwidth import synchronize
 from .dense import DenseModel, StepStates
-from .extended import ExtendedTraces
+from .extended import ExtendedTraces, States
 
 PROFILED = 4
 
@@ -25,7 +25,7 @@ PROFILED = 4
 @dataclass(frozen=True)
 class Prompts:
     """What a cache is filled with and where: `layers` of the shape, `batch` prompts of `length` tokens, prefilled
-    `together` at a time."""
+    `together` at a time. States are made once and kept in CPU memory."""
 
     extended: ExtendedTraces
     layers: Sequence[int]
@@ -34,6 +34,13 @@ class Prompts:
     together: int
     device: str
     dtype: torch.dtype
+    _made: dict[tuple[int, int], States] = field(default_factory=dict)
+
+    def states(self, layer: int, sequence: int) -> States:
+        """See ExtendedTraces.states."""
+        if (layer, sequence) not in self._made:
+            self._made[layer, sequence] = self.extended.states(layer, sequence, self.length, self.dtype)
+        return self._made[layer, sequence]
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Played:
 def fill(strategy: str, settings: RetroInferConfig, prompts: Prompts, room: int) -> tuple[KV_Cache, StepStates, float]:
     """A cache with the prompts in it and room for `room` more tokens, the steps behind them, and the seconds that
     storing and building took."""
-    extended, shape, device = prompts.extended, prompts.extended.shape, prompts.device
+    shape, device = prompts.extended.shape, prompts.device
     cache = make_cache(
         strategy,
         settings,
@@ -72,7 +79,7 @@ def fill(strategy: str, settings: RetroInferConfig, prompts: Prompts, room: int)
             kept.append([])
         for start in range(0, prompts.batch, prompts.together):
             sequences = range(start, min(start + prompts.together, prompts.batch))
-            made = [extended.states(layer, sequence, prompts.length, prompts.dtype) for sequence in sequences]
+            made = [prompts.states(layer, sequence) for sequence in sequences]
             q, k, v = (
                 torch.stack([getattr(one, name) for one in made]).to(device) for name in ("queries", "keys", "values")
             )
@@ -151,5 +158,5 @@ def compare(cache: KV_Cache, steps: StepStates, which: range, device: str) -> di
 
 
 def _counts(stats: CacheStats) -> dict[str, int]:
-    values = {field.name: getattr(stats, field.name) for field in fields(stats)}
+    values = {one.name: getattr(stats, one.name) for one in fields(stats)}
     return {name: value for name, value in values.items() if isinstance(value, int)}
