@@ -12,7 +12,7 @@ from torch import Tensor
 from config import ConfigError
 
 from .flat_cache import FlatCache
-from .growing_layers import inserted_at_once, static_and_grown
+from .growing_layers import inserted_at_once
 from .index.device_keys import DeviceKeys
 from .index.device_scan import MAX_TOP_K, DeviceScan, Union
 from .layer_search import Found, HostBuffers
@@ -80,7 +80,7 @@ class ScannedFlatCache(FlatCache):
         ends, batch = o["static_pattern_start"] + o["static_pattern_end"], inserted_at_once(o["insert_batch"], new)
         if shape.longest <= ends:
             return needs
-        room = shape.longest + static_and_grown(shape.longest, new, ends, o["static_pattern_end"], batch)[1]
+        room = _room(shape.longest - ends, new, batch)
         rows = shape.batch * shape.kv_heads
         queries = batch * shape.batch * shape.heads * shape.head_dim * shape.dtype.itemsize
         compact = DeviceKeys.expected_bytes(rows, room, shape.head_dim) + 4 * rows * room + queries
@@ -190,11 +190,9 @@ class ScannedFlatCache(FlatCache):
 
     def _state_of(self, layer_idx: int) -> _Scanned:
         if layer_idx not in self._scanned:
-            device, rows, room = (
-                self.devices[layer_idx],
-                (self.batch_size, self.kv_head),
-                self._keys[layer_idx].shape[2],
-            )
+            device, rows = self.devices[layer_idx], (self.batch_size, self.kv_head)
+            middle = self.max_length - self.max_new_length - self.sinks - self.window
+            room = _room(middle, self.max_new_length, self.insert_batch)
             ring = None
             if self.insert_batch:
                 shape = (self.insert_batch, self.batch_size, self.num_heads, self.head_dim)
@@ -238,3 +236,8 @@ class ScannedFlatCache(FlatCache):
     def index_bytes(self) -> int:
         states = self._scanned.values()
         return super().index_bytes + sum(state.keys.nbytes + state.assignment.nbytes for state in states)
+
+
+def _room(middle: int, new: int, batch: int) -> int:
+    """Tokens that are ever indexed, of `middle` of the prompt and `new` generated ones, `batch` at a time; 0: none."""
+    return middle + (new // batch * batch if batch else 0)

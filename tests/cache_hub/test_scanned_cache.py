@@ -133,7 +133,7 @@ def test_a_restored_cache_scans_what_the_saved_one_did(device: str, tmp_path: Pa
 def test_only_on_gpus() -> None:
     run = Run([90])
     with pytest.raises(
-        ConfigError, match="flat.on_gpu: got true for layers on cpu, allowed: true where all are on GPU"
+        ConfigError, match=r"flat\.on_gpu: got true for layers on cpu, allowed: true where all are on GPU"
     ):
         make_cache("flat", settings(True), **run.common())
     shape = RunShape((90,), 5, 6, 2, 64, 64, torch.float32, (torch.device("cpu"),))
