@@ -68,18 +68,18 @@ def test_replayed_steps_equal_eager_ones(tiny_folder, strategy, graph, lengths):
 @needs_gpu
 def test_a_scan_on_the_gpu_takes_one_graph_a_step(tiny_folder):
     """And finds what the scan in CPU memory does, but for what 8 bits change."""
-    llm = load_model(str(tiny_folder("llama-tied-llama3-rope")), 1024, "fp32", "cuda:0")
+    llm = load_model(str(tiny_folder("llama-tied-llama3-rope")), 512, "fp32", "cuda:0")
     torch.manual_seed(0)
-    ids, forced = torch.randint(1, 256, (2, 900)), torch.randint(1, 256, (20, 2), device="cuda")
+    ids, forced = torch.randint(1, 256, (2, 450)), torch.randint(1, 256, (20, 2), device="cuda")
     logits = []
     for on_gpu in (False, True):
-        cache = llm.init_cache("flat", settings_of("flat", True, on_gpu=on_gpu), [900, 900], 20)
+        cache = llm.init_cache("flat", settings_of("flat", True, on_gpu=on_gpu), [450, 450], 20)
         llm.prefill(ids, None, cache)
         logits.append(torch.stack([llm.decode_step(tokens, cache) for tokens in forced]))
         assert isinstance(cache.graphs, DecodeGraphs)
         assert (len(cache.graphs._acts) == 1) == on_gpu
     error = (logits[0] - logits[1]).norm(dim=-1) / logits[0].norm(dim=-1)
-    assert error.max() < 0.02
+    assert error.max() < 0.05
 
 
 @pytest.mark.gpu
