@@ -32,20 +32,20 @@ def make_cache(strategy: str, settings: RetroInferConfig, **common: Any) -> KV_C
 
     Raises ValueError for an unknown strategy, naming the known ones.
     """
-    cache = _class_of(strategy)
+    cache = _class_of(strategy, settings)
     return cache(**cache.options(settings), **common)
 
 
 def check_fits(builds: Sequence[tuple[str, RetroInferConfig]], shape: RunShape) -> None:
     """Raises ValueError where the caches of these strategies and settings will not fit the memory that is available;
     see memory.check_memory. Also for an unknown strategy."""
-    check_memory(" and ".join(dict(builds)), [(_class_of(strategy), settings) for strategy, settings in builds], shape)
+    check_memory(" and ".join(dict(builds)), [(_class_of(*build), build[1]) for build in builds], shape)
 
 
-def _class_of(strategy: str) -> type[KV_Cache]:
+def _class_of(strategy: str, settings: RetroInferConfig) -> type[KV_Cache]:
     if strategy not in STRATEGIES:
         raise ValueError(f"retrieval_strategy: got {strategy!r}, allowed: {', '.join(STRATEGIES)}")
-    return STRATEGIES[strategy]
+    return STRATEGIES[strategy].chosen(settings)
 
 
 __all__ = [

@@ -79,6 +79,11 @@ class KV_Cache(ABC):
         self.stats = CacheStats(agreement=Agreement.zeros(layer_num, num_heads) if diagnose else None)
 
     @classmethod
+    def chosen(cls, settings: RetroInferConfig) -> type[KV_Cache]:
+        """The class that these settings choose, of those that keep the strategy's promise."""
+        return cls
+
+    @classmethod
     def options(cls, settings: RetroInferConfig) -> dict[str, Any]:
         """The constructor keywords beyond the common ones that this strategy takes from the configuration."""
         return {}

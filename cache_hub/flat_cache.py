@@ -10,9 +10,19 @@ from .retrieval_cache import TokenIndexCache
 if TYPE_CHECKING:
     from config import RetroInferConfig
 
+    from .cache import KV_Cache
+
 
 class FlatCache(TokenIndexCache):
     """Retrieves the exact top_k tokens per query head by scanning all keys at every step."""
+
+    @classmethod
+    def chosen(cls, settings: RetroInferConfig) -> type[KV_Cache]:
+        if not settings.flat.on_gpu:
+            return cls
+        from .scanned_cache import ScannedFlatCache  # Triton only where it is used
+
+        return ScannedFlatCache
 
     @classmethod
     def index_of(cls, settings: RetroInferConfig) -> TokenIndex:

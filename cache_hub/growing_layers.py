@@ -99,7 +99,11 @@ class GrowingLayers(SavedLayers):
                 if self._tails:
                     moment = query_moment(group.by_row(queries, self.kv_head))
                     self._tails[layer_idx].add(group.sequences, keys, values, moment)
-            self._searches[layer_idx].refresh()
+            self.note_grown(layer_idx)
+
+    def note_grown(self, layer_idx: int) -> None:
+        """Tells what searches the layer that store, index and tail have taken in a batch."""
+        self._searches[layer_idx].refresh()
 
 
 def inserted_at_once(insert_batch: int, max_new_length: int) -> int:

@@ -69,7 +69,10 @@ class LatestQueries:
         if self._ring is None:
             self._ring = query.new_empty(self._steps, *query.shape)
         self._ring[(step - 1) % self._steps] = query
-        if step < (self.batches + 1) * self._steps + self._turn:
-            return None
-        self.batches += 1
-        return self._ring.roll(-(step % self._steps), 0)
+        return self._ring.roll(-(step % self._steps), 0) if self.due(step) else None
+
+    def due(self, step: int) -> bool:
+        """Whether it is the layer's turn with decode step `step`; if so, counts it."""
+        turns = step >= (self.batches + 1) * self._steps + self._turn
+        self.batches += turns
+        return turns

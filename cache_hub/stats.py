@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,3 +92,36 @@ class CacheStats:
         begin = time.perf_counter()
         yield
         self.seconds[stage] += time.perf_counter() - begin
+
+
+class DeviceCountedStats(CacheStats):
+    """CacheStats whose tokens attended to are partly counted by devices: what they counted is waited for when
+    `attended` or `bytes_moved` is asked for.
+
+    counters: tensors whose sum are tokens that were read from CPU memory, row_bytes each. known_attended, known_moved:
+    the rest, to which the host adds without a wait.
+    """
+
+    def __init__(self, counters: list[Tensor], row_bytes: int, **totals: Any) -> None:
+        self._counters, self._row_bytes = counters, row_bytes
+        super().__init__(**totals)
+
+    @property
+    def _counted(self) -> int:
+        return sum(int(counter.sum()) for counter in self._counters)
+
+    @property
+    def attended(self) -> int:
+        return self.known_attended + self._counted
+
+    @attended.setter
+    def attended(self, total: int) -> None:
+        self.known_attended = total - self._counted
+
+    @property
+    def bytes_moved(self) -> int:
+        return self.known_moved + self._row_bytes * self._counted
+
+    @bytes_moved.setter
+    def bytes_moved(self, total: int) -> None:
+        self.known_moved = total - self._row_bytes * self._counted

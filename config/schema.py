@@ -138,6 +138,16 @@ _OWN_TOP_K = Field(
 )
 
 
+class FlatConfig(Section):
+    """Section `flat`: the exact scan."""
+
+    on_gpu: bool = Field(
+        default=False,
+        description="scan on the GPU of each layer, over a copy of its keys in 8 bits that lies there (D + 4 bytes for "
+        "a key of dimension D); keys and values stay in CPU memory. The top 100 are then exact but for about 2 in 100",
+    )
+
+
 class IVFConfig(Section):
     """Section `ivf`: inverted lists through faiss. RetrievalAttention does not state the parameters of its IVF."""
 
@@ -241,6 +251,7 @@ class RetroInferConfig(Section):
     attention_aware_graph: GraphConfig = Field(
         default=GraphConfig(), description="knobs of the strategy of the same name"
     )
+    flat: FlatConfig = Field(default=FlatConfig(), description="knobs of the strategy of the same name")
     ivf: IVFConfig = Field(default=IVFConfig(), description="knobs of the strategy of the same name")
     hnsw: HNSWConfig = Field(default=HNSWConfig(), description="knobs of the strategy of the same name")
 

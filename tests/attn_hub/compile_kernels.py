@@ -11,6 +11,7 @@ from attn_hub.kernels.rotate import rotate_kernel
 from attn_hub.kernels.weighted_decode import attend_rows_kernel, merge_splits_kernel
 from cache_hub.index.chunk_topk import chunk_maxima_kernel, chunk_scores_kernel, largest_kernel
 from cache_hub.index.projection import pair_scores_kernel, prune_fill_kernel
+from cache_hub.index.scan_kernels import scan_kernel, select_kernel, unite_kernel
 from cache_hub.index.streaming_topk import Tuning
 from cache_hub.index.topk_kernels import LISTS, expand_kernel, hits_kernel, rank_kernel, score_kernel, threshold_kernel
 
@@ -71,6 +72,25 @@ def compile_topk(capability: int, dtype: str, dim: int, beside: str | None) -> N
         compile_kernel(kernel, capability, exact, constants, **options)
 
 
+def compile_scan(capability: int, dim: int, group: int, run: int, maxima: int) -> None:
+    """The kernels of device_scan."""
+    types = {"query": "*bf16", "codes": "*i8", "scales": "*fp32", "scores": "*fp32", "maxima": "*fp32", "ring": "*bf16"}
+    types |= dict.fromkeys(("lengths", "ids", "chosen_runs", "assignment", "positions", "clusters", "steps"), "*i32")
+    types |= {"counts": "*i64"}
+    sizes = {
+        "DIM": dim,
+        "GROUP": group,
+        "BLOCK_N": 128,
+        "BLOCK_D": triton.next_power_of_2(dim),
+        "RUN": run,
+        "STAGES": 3,
+    }
+    sizes |= {"BLOCK_R": maxima, "WIDTH": 128, "LOG_K": 7}
+    for kernel, warps, heads in ((scan_kernel, 4, max(group, 8)), (select_kernel, 16, group), (unite_kernel, 4, group)):
+        constants = {name: value for name, value in (sizes | {"BLOCK_G": heads}).items() if name in kernel.arg_names}
+        compile_kernel(kernel, capability, types, constants, num_warps=warps)
+
+
 if __name__ == "__main__":
     compile_attend(80, "*bf16", 64, 128, {"lengths": "*i32"})
     compile_attend(90, "*bf16", 64, 80, {"ids": "*i32", "log_weights": "*fp32"})
@@ -87,6 +107,8 @@ if __name__ == "__main__":
     compile_kernel(rotate_kernel, 80, rotate_types, {"HALF": 40, "BLOCK_H": 64, "BLOCK_D": 64})
     prune_types = {"keys": "*bf16", "candidates": "*i64", "scores": "*fp32", "begin": "*i64", "links": "*i32"}
     for capability in (80, 90):
+        compile_scan(capability, 128, 4, 32, 4096)
+        compile_scan(capability, 80, 8, 64, 8192)
         for width, dim in ((16, 64), (32, 256)):
             compile_kernel(prune_fill_kernel, capability, prune_types, {"BLOCK_W": width, "BLOCK_D": dim})
         for beside in ("*fp32", None):

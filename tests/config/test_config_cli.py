@@ -104,8 +104,10 @@ def test_set_reaches_every_key() -> None:
 
 def test_a_key_that_several_sections_have_is_told_apart_by_its_section() -> None:
     argv = ["--top_k", "5", "--set", "ivf.top_k=6", "--set", "hnsw.ef_search=7", "--ef_search", "8"]
+    argv += ["--set", "flat.on_gpu=true"]
     changed, expected = section(*argv), section()
     expected["attention_aware_graph"] |= {"top_k": 5, "ef_search": 8}
+    expected["flat"]["on_gpu"] = True
     expected["ivf"]["top_k"], expected["hnsw"]["ef_search"] = 6, 7
     assert changed == expected
 

@@ -11,6 +11,7 @@ from config import (
     ATTENTION_TYPES,
     RETRIEVAL_STRATEGIES,
     ConfigError,
+    FlatConfig,
     GraphConfig,
     HNSWConfig,
     IVFConfig,
@@ -54,7 +55,7 @@ def test_graph_defaults() -> None:
 
 
 def test_every_key_is_described() -> None:
-    for section in (GraphConfig, IVFConfig, HNSWConfig, RetroInferConfig):
+    for section in (GraphConfig, FlatConfig, IVFConfig, HNSWConfig, RetroInferConfig):
         assert all(field.description for field in section.model_fields.values())
 
 

@@ -12,9 +12,11 @@ from model_hub.decode_graphs import DecodeGraphs, graphs_of
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def settings_of(strategy: str, use_cuda_graph: bool, **graph: Any) -> RetroInferConfig:
+def settings_of(strategy: str, use_cuda_graph: bool, on_gpu: bool = False, **graph: Any) -> RetroInferConfig:
     graph = {"top_k": 20, "ef_search": 60, "key_degree": 16, "key_links": 12, "insert_batch": 8, **graph}
-    return RetroInferConfig(retrieval_strategy=strategy, use_cuda_graph=use_cuda_graph, attention_aware_graph=graph)
+    return RetroInferConfig(
+        retrieval_strategy=strategy, use_cuda_graph=use_cuda_graph, attention_aware_graph=graph, flat={"on_gpu": on_gpu}
+    )
 
 
 @pytest.mark.gpu
@@ -30,6 +32,10 @@ def settings_of(strategy: str, use_cuda_graph: bool, **graph: Any) -> RetroInfer
         ("attention_aware_graph", {"estimation": "softmax_lift"}),
         ("attention_aware_graph", {"estimation": "centroid", "insert_batch": 0}),
         ("flat", {"estimation": "centroid"}),
+        ("flat", {"on_gpu": True, "estimation": "none"}),
+        ("flat", {"on_gpu": True, "estimation": "centroid"}),
+        ("flat", {"on_gpu": True, "estimation": "centroid", "estimation_budget": 0.5}),
+        ("flat", {"on_gpu": True, "estimation": "centroid", "insert_batch": 0}),
         ("wave_index", {}),
     ],
 )
@@ -56,6 +62,24 @@ def test_replayed_steps_equal_eager_ones(tiny_folder, strategy, graph, lengths):
     assert error.max() < 1e-4
     for counter in ("attended", "attended_of", "estimated", "scored", "scored_of", "bytes_moved"):
         assert getattr(seen[0][1], counter) == getattr(seen[1][1], counter), counter
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_scan_on_the_gpu_takes_one_graph_a_step(tiny_folder):
+    """And finds what the scan in CPU memory does, but for what 8 bits change."""
+    llm = load_model(str(tiny_folder("llama-tied-llama3-rope")), 512, "fp32", "cuda:0")
+    torch.manual_seed(0)
+    ids, forced = torch.randint(1, 256, (2, 450)), torch.randint(1, 256, (20, 2), device="cuda")
+    logits = []
+    for on_gpu in (False, True):
+        cache = llm.init_cache("flat", settings_of("flat", True, on_gpu=on_gpu), [450, 450], 20)
+        llm.prefill(ids, None, cache)
+        logits.append(torch.stack([llm.decode_step(tokens, cache) for tokens in forced]))
+        assert isinstance(cache.graphs, DecodeGraphs)
+        assert (len(cache.graphs._acts) == 1) == on_gpu
+    error = (logits[0] - logits[1]).norm(dim=-1) / logits[0].norm(dim=-1)
+    assert error.max() < 0.05
 
 
 @pytest.mark.gpu
