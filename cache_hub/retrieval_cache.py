@@ -88,7 +88,7 @@ class TokenIndexCache(GrowingLayers):
             if core > self.num_threads:
                 self.stats.note(f"core: {core} threads were asked for, {self.num_threads} are used, one for each CPU")
         self._groups = [[] for _ in self.devices]
-        self._pending: Tensor | None = None
+        self._pending: tuple[Tensor, Tensor, Tensor] | None = None  # queries, keys, values that `sync` builds from
         self._tails = []
         self._buffers: dict[torch.device, HostBuffers] = {}
         self._searches: dict[int, LayerSearch] = {}
@@ -149,7 +149,7 @@ class TokenIndexCache(GrowingLayers):
         ]
         if o["estimation"] == "centroid":
             there, here = CentroidTail.expected_bytes(shape.batch * rows, most, dim, shape.dtype)
-            needs += [Need(device, "clusters", there, "after"), Need(CPU, "clusters", here, "after")]
+            needs += [Need(device, "clusters", there), Need(CPU, "clusters", here)]
         return needs
 
     @classmethod
@@ -207,7 +207,7 @@ class TokenIndexCache(GrowingLayers):
                 keys, values = (sinks_and_window(states, self.sinks, self.window) for states in (keys, values))
             self._zones[layer_idx].put(rows, keys, values)
         if indexed:
-            self._pending = q
+            self._pending = q, k, v
         else:
             self.note_full(length)
 
@@ -218,10 +218,11 @@ class TokenIndexCache(GrowingLayers):
         )
 
     def sync(self, layer_idx: int, start_bdx: int) -> None:
-        """Builds the layer's index over the sequences stored last; of their queries only the second moment is kept."""
+        """Builds the layer's index over the sequences stored last, and their clusters where these are wanted; of the
+        queries only the second moment is kept."""
         if self._pending is None:
             return
-        q, self._pending = self._pending, None
+        (q, k, v), self._pending = self._pending, None
         count, length = q.shape[:2]
         indexed = self.indexed_range(length)
         rows = count * self.kv_head
@@ -238,6 +239,15 @@ class TokenIndexCache(GrowingLayers):
             self.stats.seconds[stage] += seconds
         self.keep_index(layer_idx, start_bdx, count, index, lift, moment)
         del q, queries
+        if self.estimation == "centroid":
+            begin = perf_counter()
+            if not self._tails:
+                self._tails = [self._empty_tail(layer) for layer in range(self.layer_num)]
+            sequences, tokens = slice(start_bdx, start_bdx + count), slice(indexed.start, indexed.stop)
+            keys, values = (states[:, tokens].transpose(1, 2) for states in (k, v))
+            self._tails[layer_idx].add(sequences, keys, values, moment)
+            self._tail_seconds += perf_counter() - begin
+        del k, v
         trim_memory()
 
     def keep_index(
@@ -248,7 +258,7 @@ class TokenIndexCache(GrowingLayers):
         self._groups[layer_idx].append(group)
 
     def prepare_cache(self) -> None:
-        """Makes the clusters that stand for the rest, where they do."""
+        """Makes the clusters that stand for the rest, where they do and `sync` has not made them."""
         self._prompt_seconds = dict(self.stats.seconds)
         self._use_tails()
 
@@ -258,7 +268,7 @@ class TokenIndexCache(GrowingLayers):
             return
         if not self._tails:
             begin = perf_counter()
-            self._tails = [self._new_tail(layer_idx) for layer_idx in range(self.layer_num)]
+            self._tails = [self._tail_of_stored(layer_idx) for layer_idx in range(self.layer_num)]
             self._tail_seconds = perf_counter() - begin
         self.version += 1
         for tail in self._tails:
@@ -266,10 +276,13 @@ class TokenIndexCache(GrowingLayers):
         for stage in ("build", "cluster"):
             self.stats.seconds[stage] += self._tail_seconds
 
-    def _new_tail(self, layer_idx: int) -> CentroidTail:
+    def _empty_tail(self, layer_idx: int) -> CentroidTail:
         batches = self.max_new_length // self.insert_batch if self.insert_batch else 0
         how = (self.dtype, self.devices[layer_idx], (batches, self.insert_batch))
-        tail = CentroidTail(self.batch_size, self.kv_head, self.head_dim, *how)
+        return CentroidTail(self.batch_size, self.kv_head, self.head_dim, *how)
+
+    def _tail_of_stored(self, layer_idx: int) -> CentroidTail:
+        tail = self._empty_tail(layer_idx)
         for group in self._groups[layer_idx]:
             keys, values = (group.tokens(stores[layer_idx]) for stores in (self._keys, self._values))
             tail.add(group.sequences, keys, values, group.query_moment)
