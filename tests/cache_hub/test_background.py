@@ -47,16 +47,19 @@ def test_no_more_than_two_pieces_are_left_at_a_time() -> None:
     work.finish()
 
 
+def nothing() -> None:
+    pass
+
+
 def failing() -> None:
     raise ValueError("no links")
 
 
 def test_an_error_is_raised_by_the_next_call() -> None:
-    work = BackgroundWork(2)
+    work = BackgroundWork(1)
     work.put(failing)
     with pytest.raises(ValueError, match="no links"):
-        for _ in range(3):
-            work.put(lambda: time.sleep(0.01))
+        work.put(nothing)
     work.finish()
     work.put(failing)
     with pytest.raises(ValueError, match="no links"):
@@ -67,7 +70,12 @@ def test_an_error_is_raised_by_the_next_call() -> None:
 def test_work_that_nobody_waits_for_is_done_and_its_thread_goes() -> None:
     before, done = threads(), threading.Event()
     work = BackgroundWork(2)
-    work.put(lambda: (time.sleep(0.05), done.set()) and None)
+
+    def slow() -> None:
+        time.sleep(0.05)
+        done.set()
+
+    work.put(slow)
     del work
     assert done.wait(10)
     end = time.monotonic() + 10
