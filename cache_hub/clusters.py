@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 import torch
@@ -13,8 +12,8 @@ from config import cluster_counts
 
 from .index.metric import square_root
 
-# Inner products held at once while keys are assigned: 8 MiB stay in a CPU's cache, 512 MiB keep a GPU busy.
-_SCORES_ON_CPU, _SCORES_ON_GPU = 1 << 21, 1 << 27
+# Inner products held at once while keys are assigned on a CPU: 8 MiB stay in its cache.
+_SCORES_ON_CPU = 1 << 21
 # Elements of float32 keys held at once beside the caller's.
 _KEYS_AT_ONCE = 1 << 26
 
@@ -104,58 +103,70 @@ def cluster_keys(
     step = max(_KEYS_AT_ONCE // (count * dim), 1)
     for first in range(0, rows, step):
         block = slice(first, first + step)
-        points = keys[block].float()
+        # A GPU's kernels read contiguous rows; keys may come with their heads between their tokens.
+        points = keys[block].float().contiguous()
         mean = points.mean(1, keepdim=True)
         points = points - mean
         if query_moment is None:
-            directions = _directions(points, segments, centroids, iterations, F.normalize)
-            assignment = _assign(points, directions)
+            directions = _directions(points, segments, centroids, iterations, lifted=False)
+            assignment = _assign(points, directions, lifted=False)
         else:
             # As inner products: |x - c|^2 is least where <x, c> - |c|^2 / 2 is largest.
-            seen = F.pad(points @ square_root(query_moment[block].to(points)), (0, 1), value=1.0)
-            assignment = _assign(seen, _directions(seen, segments, centroids, iterations, _with_half_square))
+            # Eigenvectors take a CPU milliseconds, a GPU tens of them.
+            root = square_root(query_moment[block].cpu()).to(points)
+            seen = F.pad(points @ root, (0, 1), value=1.0)
+            assignment = _assign(seen, _directions(seen, segments, centroids, iterations, lifted=True), lifted=True)
             directions = torch.zeros_like(result.centroids[block])
-        sums, sizes = _sum_members(points, assignment, centroids)
+        (sums, value_sums), sizes = _sum_members((points, values[block]), assignment, centroids)
         means = torch.where(sizes[..., None] > 0, sums / sizes.clamp(min=1)[..., None], directions)
         result.centroids[block] = means + mean
         result.sizes[block] = sizes
-        result.value_sums[block] = _sum_members(values[block].float(), assignment, centroids)[0]
+        result.value_sums[block] = value_sums
         result.assignment[block] = assignment
     return result
 
 
-def _with_half_square(means: Tensor, dim: int = -1) -> Tensor:
+def _with_half_square(means: Tensor) -> Tensor:
     """Means of points that end with a 1, ready for _assign: the 1 becomes -|c|^2 / 2."""
-    return torch.cat((means[..., :-1], -0.5 * means[..., :-1].square().sum(dim, keepdim=True)), dim)
+    return torch.cat((means[..., :-1], -0.5 * means[..., :-1].square().sum(-1, keepdim=True)), -1)
 
 
-def _directions(
-    points: Tensor, segments: int, centroids: int, iterations: int, finish: Callable[..., Tensor]
-) -> Tensor:
-    """Centroids [R, C, D] of points [R, N, D] after all rounds but the last; `finish` makes them of the means."""
+def _directions(points: Tensor, segments: int, centroids: int, iterations: int, lifted: bool) -> Tensor:
+    """Centroids [R, C, D] of points [R, N, D] after all rounds but the last; lifted: as _assign takes them."""
     rows, count, dim = points.shape
     # floor((i + 0.5) N / C) in integers
     start = (2 * torch.arange(centroids, device=points.device) + 1) * count // (2 * centroids)
     each = count // segments
     first = points[:, start]
-    directions = first if finish is F.normalize else finish(first)
+    directions = _with_half_square(first) if lifted else first
     directions = directions.view(rows * segments, centroids // segments, dim)
     parts = points[:, : segments * each].reshape(rows * segments, each, dim)
     for _ in range(iterations - 1):
-        sums, sizes = _sum_members(parts, _assign(parts, directions), centroids // segments)
+        assignment = _assign(parts, directions, lifted)
+        (sums,), sizes = _sum_members((parts,), assignment, centroids // segments)
         means = sums / sizes.clamp(min=1)[..., None]
-        directions = torch.where(sizes[..., None] > 0, finish(means, dim=-1), directions)
+        finished = _with_half_square(means) if lifted else F.normalize(means, dim=-1)
+        directions = torch.where(sizes[..., None] > 0, finished, directions)
     return directions.view(rows, centroids, dim)
 
 
-def _assign(points: Tensor, directions: Tensor) -> Tensor:
-    """Cluster [U, m] int64 of the largest inner product for points [U, m, D] and directions [U, C, D]."""
+def _assign(points: Tensor, directions: Tensor, lifted: bool) -> Tensor:
+    """Cluster [U, m], int64 or int32, of the largest inner product for points [U, m, D] and directions [U, C, D].
+
+    lifted: the points end with a 1, the directions with what that adds to the product. On a GPU the others' products
+    are those of nearest_centroid, which rounds them.
+    """
+    if points.is_cuda:
+        from .cluster_kernels import nearest_centroid  # Triton only where it is used
+
+        if lifted:
+            return nearest_centroid(points[..., :-1], directions[..., :-1], directions[..., -1])
+        return nearest_centroid(points, directions)
     units, count, _ = points.shape
     clusters = directions.shape[1]
-    limit = _SCORES_ON_CPU if points.device.type == "cpu" else _SCORES_ON_GPU
-    best = torch.empty(units, count, dtype=torch.int64, device=points.device)
-    wide = max(limit // (clusters * count), 1)
-    long = min(max(limit // clusters, 1), count)
+    best = torch.empty(units, count, dtype=torch.int64)
+    wide = max(_SCORES_ON_CPU // (clusters * count), 1)
+    long = min(max(_SCORES_ON_CPU // clusters, 1), count)
     for u in range(0, units, wide):
         transposed = directions[u : u + wide].transpose(1, 2)
         for i in range(0, count, long):
@@ -163,18 +174,22 @@ def _assign(points: Tensor, directions: Tensor) -> Tensor:
     return best
 
 
-def _sum_members(points: Tensor, assignment: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Sums [U, C, D] and numbers [U, C] of the points [U, m, D] that assignment [U, m] puts into each cluster."""
-    units, _, dim = points.shape
-    flat = (assignment + clusters * torch.arange(units, device=points.device)[:, None]).flatten()
+def _sum_members(states: tuple[Tensor, ...], assignment: Tensor, clusters: int) -> tuple[list[Tensor], Tensor]:
+    """Sums [U, C, D] float32 of each of the states [U, m, D], and numbers [U, C], of what assignment [U, m] puts into
+    each cluster."""
+    units = len(assignment)
+    if assignment.is_cuda:  # index_add_ adds in whatever order its threads come
+        from .cluster_kernels import by_cluster, sum_members  # Triton only where it is used
+
+        order, begin = by_cluster(assignment, clusters)
+        return [sum_members(some, order, begin) for some in states], begin.diff().view(units, clusters)
+    flat = (assignment + clusters * torch.arange(units)[:, None]).flatten()
+    sums = [
+        torch.zeros(units * clusters, some.shape[2]).index_add_(0, flat, some.float().reshape(-1, some.shape[2]))
+        for some in states
+    ]
     sizes = flat.bincount(minlength=units * clusters)
-    points = points.reshape(-1, dim)
-    if points.is_cuda:  # index_add_ adds in whatever order its threads come
-        ordered = points[flat.argsort(stable=True)]
-        sums = torch.segment_reduce(ordered, "sum", lengths=sizes, axis=0, unsafe=True)
-    else:
-        sums = points.new_zeros(units * clusters, dim).index_add_(0, flat, points)
-    return sums.view(units, clusters, dim), sizes.view(units, clusters)
+    return [one.view(units, clusters, -1) for one in sums], sizes.view(units, clusters)
 
 
 def _check(keys: Tensor, values: Tensor, segments: int, centroids: int, iterations: int) -> None:

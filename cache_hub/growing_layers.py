@@ -10,7 +10,7 @@ from torch import Tensor
 from .index.metric import query_moment
 from .indexed_sequences import LatestQueries
 from .layer_search import LayerSearch
-from .pinned import pinned_empty
+from .pinned import copying, pinned_empty
 from .saved_layers import SavedLayers
 from .static_zone import StaticZone
 
@@ -48,18 +48,22 @@ class GrowingLayers(SavedLayers):
         batch, layers = self.insert_batch, range(self.layer_num)
         return [LatestQueries(batch, layer * batch // self.layer_num) for layer in layers]
 
-    def _put(self, layer_idx: int, sequences: slice, tokens: slice, keys: Tensor, values: Tensor) -> None:
-        """Stores keys and values [b, Hkv, T, D] of the sequences' `tokens`; they are there when it returns."""
+    def _put(
+        self, layer_idx: int, sequences: slice, tokens: slice, keys: Tensor, values: Tensor
+    ) -> torch.cuda.Event | None:
+        """Stores keys and values [b, Hkv, T, D] of the sequences' `tokens`; those of a GPU are there once the event
+        has happened."""
         own_keys, own_values = (stores[layer_idx][sequences, :, tokens] for stores in (self._keys, self._values))
         if not keys.is_cuda:
             own_keys.copy_(keys)
             own_values.copy_(values)
-            return
+            return None
         pairs = own_keys.as_strided((*keys.shape[:3], 2, keys.shape[3]), (*own_keys.stride()[:3], keys.shape[3], 1))
-        for b, head in product(range(len(keys)), range(self.kv_head)):
-            # Contiguous on both sides: torch takes other layouts through pageable memory.
-            pairs[b, head].copy_(torch.stack((keys[b, head], values[b, head]), 1), non_blocking=True)
-        torch.cuda.current_stream(keys.device).synchronize()
+        with copying(keys.device, keys, values) as done:
+            for b, head in product(range(len(keys)), range(self.kv_head)):
+                # Contiguous on both sides: torch takes other layouts through pageable memory.
+                pairs[b, head].copy_(torch.stack((keys[b, head], values[b, head]), 1), non_blocking=True)
+        return done
 
     @property
     def _inserted(self) -> int:
@@ -94,7 +98,9 @@ class GrowingLayers(SavedLayers):
         with self.stats.timed("insert"):
             for group in self._groups[layer_idx]:
                 keys, values = self._zones[layer_idx].take(group.sequences, self.sinks, batch)
-                self._put(layer_idx, group.sequences, slice(group.stop, group.stop + batch), keys, values)
+                put = self._put(layer_idx, group.sequences, slice(group.stop, group.stop + batch), keys, values)
+                if put is not None:
+                    put.synchronize()
                 group.insert(self._keys[layer_idx], batch, queries, self.prompt_lengths[group.start] + step - batch)
                 if self._tails:
                     moment = query_moment(group.by_row(queries, self.kv_head))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,9 +39,15 @@ class SoftmaxLift:
 
     def build(self, keys: Tensor, queries: Tensor, positions: Tensor | None = None) -> None:
         """As TokenIndex.build for keys [R, N, D] in CPU memory."""
+        self.start(keys, queries, positions)()
+
+    def start(
+        self, keys: Tensor, queries: Tensor, positions: Tensor | None = None, keys_there: Tensor | None = None
+    ) -> Callable[[], None]:
+        """As TokenIndex.start for keys [R, N, D] in CPU memory."""
         self._generator = torch.Generator().manual_seed(self._seed)
         self._minus_log_u = self._draw(keys.shape[1], keys)
-        self.index.build(keys, queries, positions, self._minus_log_u)
+        return self.index.start(keys, queries, positions, self._minus_log_u, keys_there)
 
     def insert(self, keys: Tensor, queries: Tensor | None = None, positions: Tensor | None = None) -> None:
         """As TokenIndex.insert for keys [R, N + n, D] in CPU memory."""

@@ -11,7 +11,8 @@ import math
 import mmap
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -103,3 +104,27 @@ def rows_on(rows: Tensor, device: torch.device) -> Tensor:
     ids = torch.arange(rows.shape[1], dtype=torch.int32, device=device).expand(1, rows.shape[0], -1)
     copy_rows(rows[None], there[None], ids, ids)
     return there
+
+
+@contextlib.contextmanager
+def copying(device: torch.device, *sources: Tensor) -> Iterator[torch.cuda.Event]:
+    """For copies to pinned memory beside what the GPU `device` computes: what the block tells it, it does on a stream
+    of its own, behind all that the current stream has been told before.
+
+    Gives an event that happens when that is done, for `synchronize` of any thread; it holds from the end of the block
+    on. sources: the tensors that the block reads; they may be let go of at once, but not written to before the event.
+    """
+    stream, done = _copy_stream(device), torch.cuda.Event(blocking=True)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    try:
+        with torch.cuda.stream(stream):
+            yield done
+            done.record(stream)
+    finally:
+        for source in sources:
+            source.record_stream(stream)
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from abc import abstractmethod
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,7 @@ from torch import Tensor
 from attn_hub import WeightedPart, decode_splits, post
 from config import ESTIMATIONS
 
+from .background import BackgroundWork
 from .diagnosis import agreement_with_exact
 from .growing_layers import GrowingLayers, inserted_at_once, static_and_grown
 from .index import TokenIndex
@@ -31,6 +35,9 @@ if TYPE_CHECKING:
     from attn_hub.kernels.weighted_decode import TritonSplits
     from attn_hub.reference import ReferenceSplits
     from config import RetroInferConfig
+
+# Layers whose index is finished by the CPU while the GPU goes on: their links lie in CPU memory twice.
+_LAYERS_BUILT = 2
 
 
 class TokenIndexCache(GrowingLayers):
@@ -88,13 +95,15 @@ class TokenIndexCache(GrowingLayers):
             if core > self.num_threads:
                 self.stats.note(f"core: {core} threads were asked for, {self.num_threads} are used, one for each CPU")
         self._groups = [[] for _ in self.devices]
-        self._pending: Tensor | None = None
+        self._pending: tuple[Tensor, Tensor, Tensor] | None = None  # queries, keys, values that `sync` builds from
         self._tails = []
         self._buffers: dict[torch.device, HostBuffers] = {}
         self._searches: dict[int, LayerSearch] = {}
         self._retrieved: dict[int, tuple[int, int]] = {}  # keys scored and tokens found in the last step, by layer
         self._chosen: Tensor | None = None  # clusters that the layer begun last attends to, where that is not all
         self._tail_seconds = 0.0
+        self._building = BackgroundWork(_LAYERS_BUILT)
+        self._copied: dict[torch.device, torch.cuda.Event] = {}  # the prompt's states stored last, of layers there
         self._prompt_seconds: dict[str, float] = {}
         self._allocate()
 
@@ -150,7 +159,7 @@ class TokenIndexCache(GrowingLayers):
         ]
         if o["estimation"] == "centroid":
             there, here = CentroidTail.expected_bytes(shape.batch * rows, most, dim, shape.dtype)
-            needs += [Need(device, "clusters", there, "after"), Need(CPU, "clusters", here, "after")]
+            needs += [Need(device, "clusters", there), Need(CPU, "clusters", here)]
         return needs
 
     @classmethod
@@ -203,12 +212,14 @@ class TokenIndexCache(GrowingLayers):
         indexed = self.indexed_range(length)
         with self.stats.timed("store"):
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
-            self._put(layer_idx, rows, slice(length), keys, values)
+            put = self._put(layer_idx, rows, slice(length), keys, values)
+            if put is not None:
+                self._copied[k.device] = put
             if indexed:
                 keys, values = (sinks_and_window(states, self.sinks, self.window) for states in (keys, values))
             self._zones[layer_idx].put(rows, keys, values)
         if indexed:
-            self._pending = q
+            self._pending = q, k, v
         else:
             self.note_full(length)
 
@@ -219,10 +230,11 @@ class TokenIndexCache(GrowingLayers):
         )
 
     def sync(self, layer_idx: int, start_bdx: int) -> None:
-        """Builds the layer's index over the sequences stored last; of their queries only the second moment is kept."""
+        """Builds the layer's index over the sequences stored last, and their clusters where these are wanted; of the
+        queries only the second moment is kept."""
         if self._pending is None:
             return
-        q, self._pending = self._pending, None
+        (q, k, v), self._pending = self._pending, None
         count, length = q.shape[:2]
         indexed = self.indexed_range(length)
         rows = count * self.kv_head
@@ -231,14 +243,28 @@ class TokenIndexCache(GrowingLayers):
         positions = torch.arange(length, device=q.device) - indexed.start
         index = self.new_index()
         lift = SoftmaxLift(index, self.kv_head, seed=layer_idx) if self.estimation == "softmax_lift" else None
-        keys = self._keys[layer_idx][start_bdx : start_bdx + count, :, indexed.start : indexed.stop].flatten(0, 1)
+        sequences, tokens = slice(start_bdx, start_bdx + count), slice(indexed.start, indexed.stop)
+        stored = self._keys[layer_idx][sequences, :, tokens].flatten(0, 1)
+        queries = queries.reshape(rows, self.group_size, length, self.head_dim)
+        keys, values = (states[:, tokens].transpose(1, 2) for states in (k, v))
+        copied = self._copied.get(k.device)
         with self.stats.timed("build"):
-            (lift or index).build(keys, queries.reshape(rows, self.group_size, length, self.head_dim), positions)
-            moment = query_moment(queries[..., -LATE_QUERIES:, :].flatten(0, 1))
-        for stage, seconds in index.build_seconds.items():
-            self.stats.seconds[stage] += seconds
+            if copied is not None and index.lists_queries:
+                rest = (lift or index).start(stored, queries, positions, keys_there=keys.flatten(0, 1).contiguous())
+                self._building.put(partial(_finish_build, copied, rest))
+            else:
+                if copied is not None:
+                    copied.synchronize()
+                (lift or index).build(stored, queries, positions)
+            moment = query_moment(queries[:, :, -LATE_QUERIES:])
         self.keep_index(layer_idx, start_bdx, count, index, lift, moment)
         del q, queries
+        if self.estimation == "centroid":
+            begin = perf_counter()
+            if not self._tails:
+                self._tails = [self._empty_tail(layer) for layer in range(self.layer_num)]
+            self._tails[layer_idx].add(sequences, keys, values, moment)
+            self._tail_seconds += perf_counter() - begin
         trim_memory()
 
     def keep_index(
@@ -249,7 +275,16 @@ class TokenIndexCache(GrowingLayers):
         self._groups[layer_idx].append(group)
 
     def prepare_cache(self) -> None:
-        """Makes the clusters that stand for the rest, where they do."""
+        """Waits for what `store_prompt` and `sync` began. Makes the clusters that stand for the rest, where they do and
+        `sync` has not made them."""
+        with self.stats.timed("build"):
+            self._building.finish()
+        for copied in self._copied.values():
+            copied.synchronize()
+        self._copied.clear()
+        for group in itertools.chain.from_iterable(self._groups):
+            for stage, seconds in group.index.build_seconds.items():
+                self.stats.seconds[stage] += seconds
         self._prompt_seconds = dict(self.stats.seconds)
         self._use_tails()
 
@@ -259,7 +294,7 @@ class TokenIndexCache(GrowingLayers):
             return
         if not self._tails:
             begin = perf_counter()
-            self._tails = [self._new_tail(layer_idx) for layer_idx in range(self.layer_num)]
+            self._tails = [self._tail_of_stored(layer_idx) for layer_idx in range(self.layer_num)]
             self._tail_seconds = perf_counter() - begin
         self.version += 1
         for tail in self._tails:
@@ -267,10 +302,13 @@ class TokenIndexCache(GrowingLayers):
         for stage in ("build", "cluster"):
             self.stats.seconds[stage] += self._tail_seconds
 
-    def _new_tail(self, layer_idx: int) -> CentroidTail:
+    def _empty_tail(self, layer_idx: int) -> CentroidTail:
         batches = self.max_new_length // self.insert_batch if self.insert_batch else 0
         how = (self.dtype, self.devices[layer_idx], (batches, self.insert_batch))
-        tail = CentroidTail(self.batch_size, self.kv_head, self.head_dim, *how)
+        return CentroidTail(self.batch_size, self.kv_head, self.head_dim, *how)
+
+    def _tail_of_stored(self, layer_idx: int) -> CentroidTail:
+        tail = self._empty_tail(layer_idx)
         for group in self._groups[layer_idx]:
             keys, values = (group.tokens(stores[layer_idx]) for stores in (self._keys, self._values))
             tail.add(group.sequences, keys, values, group.query_moment)
@@ -380,3 +418,10 @@ class TokenIndexCache(GrowingLayers):
         indexes = sum((group.lift or group.index).nbytes for groups in self._groups for group in groups)
         tails = self._tails if self.estimation == "centroid" else []
         return indexes + sum(tail.nbytes for tail in tails)
+
+
+def _finish_build(copied: torch.cuda.Event, rest: Callable[[], None]) -> None:
+    """What is left of a build whose keys are there behind `copied`."""
+    copied.synchronize()
+    rest()
+    trim_memory()

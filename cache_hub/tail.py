@@ -9,6 +9,7 @@ from attn_hub import WeightedPart
 
 from .clusters import cluster_keys
 from .index.tensor_file import check_ids, take
+from .pinned import rows_on
 
 # Of a cluster, on average: centroids and mean values in the store's type then are less than an eighth of its bytes.
 TOKENS_PER_CLUSTER = 10
@@ -62,8 +63,8 @@ class CentroidTail:
         """
         batch, heads, tokens, _ = keys.shape
         device, (segments, number) = self.centroids.device, _counts(tokens)
-        there = keys.flatten(0, 1).to(device), values.flatten(0, 1).to(device)
-        made = cluster_keys(*there, segments, number, _ITERATIONS, query_moment.to(device))
+        keys, values = (rows_on(states.flatten(0, 1), device) for states in (keys, values))
+        made = cluster_keys(keys, values, segments, number, _ITERATIONS, query_moment.to(device))
         at, first = self.clusters[sequences][0], self._tokens[sequences][0]
         self._reserve(at + number, first + tokens)
         means = made.value_sums / made.sizes.clamp(min=1)[..., None]

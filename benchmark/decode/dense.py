@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,44 @@ class RecordedLayer(DecoderLayer):
         return query, key, value
 
 
+def random_weights(
+    shape: Shape, sizes: DenseSizes, layers: int, device: str, dtype: torch.dtype
+) -> Iterator[tuple[Any, ...]]:
+    """The fields of DecoderLayer for so many layers, each with weights of its own."""
+    dim, width = shape.head_dim, sizes.hidden
+    frequencies = 500_000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+    heads = (shape.heads, shape.kv_heads, dim)
+    spec = ModelSpec(
+        "llama", sizes.vocab, width, layers, *heads, norm_eps=1e-5, window=1, frequencies=frequencies, rope_scaling=1.0
+    )
+
+    def linear(rows: int, columns: int) -> Linear:
+        return Linear(torch.randn(rows, columns, device=device, dtype=dtype) * columns**-0.5, None)
+
+    norm = torch.ones(width, device=device, dtype=dtype)
+    for _ in range(layers):
+        yield (
+            spec,
+            linear((shape.heads + 2 * shape.kv_heads) * dim, width),
+            linear(width, shape.heads * dim),
+            linear(2 * sizes.mlp, width),
+            linear(width, sizes.mlp),
+            norm,
+            norm,
+            None,
+            None,
+        )
+
+
+def around(layers: Sequence[DecoderLayer], sizes: DenseSizes) -> LLM:
+    """A model of these layers; its random output projection is the embedding too."""
+    norm = layers[0].input_norm
+    head = torch.randn(sizes.vocab, sizes.hidden, device=norm.device, dtype=norm.dtype) * sizes.hidden**-0.5
+    llm = LLM(layers[0].spec, list(layers), head, norm, head, max_length=1 << 30, eos_ids=())
+    llm.progress = False
+    return llm
+
+
 class DenseModel:
     """An LLM of some layers, each with weights of its own, and the output projection; `show` tells it the states of a
     step.
@@ -61,42 +100,17 @@ class DenseModel:
     def __init__(
         self, shape: Shape, sizes: DenseSizes, layers: int, batch: int, device: str, dtype: torch.dtype
     ) -> None:
-        self.device, dim, width = device, shape.head_dim, sizes.hidden
-        frequencies = 500_000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
-        heads = (shape.heads, shape.kv_heads, dim)
-        spec = ModelSpec(
-            "llama", sizes.vocab, width, shape.layers, *heads, norm_eps=1e-5, window=1, frequencies=frequencies,
-            rope_scaling=1.0,
-        )  # fmt: skip
-
-        def linear(rows: int, columns: int) -> Linear:
-            return Linear(torch.randn(rows, columns, device=device, dtype=dtype) * columns**-0.5, None)
-
-        norm = torch.ones(width, device=device, dtype=dtype)
+        self.device, dim = device, shape.head_dim
         counts = (shape.heads, shape.kv_heads, shape.kv_heads)
         self._shown = StepStates(
             *(torch.zeros(layers, batch, 1, count, dim, device=device, dtype=dtype) for count in counts)
         )
-        made: list[DecoderLayer] = []
-        for number in range(layers):
-            layer = RecordedLayer(
-                spec,
-                linear((shape.heads + 2 * shape.kv_heads) * dim, width),
-                linear(width, shape.heads * dim),
-                linear(2 * sizes.mlp, width),
-                linear(width, sizes.mlp),
-                norm,
-                norm,
-                None,
-                None,
-            )
+        made = [RecordedLayer(*weights) for weights in random_weights(shape, sizes, layers, device, dtype)]
+        for number, layer in enumerate(made):
             layer.states = tuple(states[number] for states in vars(self._shown).values())
-            made.append(layer)
-        head = linear(sizes.vocab, width).weight
-        self.llm = LLM(spec, made, head, norm, head, max_length=1 << 30, eos_ids=())
-        self.llm.progress = False
+        self.llm = around(made, sizes)
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
-        first = made[0]
+        first, head = made[0], self.llm.lm_head
         linears = (first.qkv, first.out, first.gate_up, first.down)
         self.layer_bytes = sum(one.weight.nbytes for one in linears)
         self.head_bytes = head.nbytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -45,6 +46,20 @@ class TokenIndex(ABC):
         dimension of the keys, in which every query, of the build and of each search, has a 1. Raises ValueError for
         shapes that do not fit.
         """
+
+    def start(
+        self,
+        keys: Tensor,
+        queries: Tensor,
+        positions: Tensor | None = None,
+        extra: Tensor | None = None,
+        keys_there: Tensor | None = None,
+    ) -> Callable[[], None]:
+        """The part of `build` that the queries' device does; the function returned does the rest, once, in any thread,
+        and holds nothing there. keys_there: the keys on that device, contiguous; then `keys` need not have been written
+        before the rest begins."""
+        self.build(keys, queries, positions, extra)
+        return nothing_left
 
     @abstractmethod
     def expected_bytes(self, rows: int, keys: int, dim: int, dtype: torch.dtype, lifted: bool = False) -> int:
@@ -135,6 +150,10 @@ class TokenIndex(ABC):
     def nbytes(self) -> int:
         """Bytes the index adds to the KV store: adjacency, entry points and any copy of the keys; `extra` is the
         caller's."""
+
+
+def nothing_left() -> None:
+    """The rest of a build that is done."""
 
 
 def check_build(keys: Tensor, queries: Tensor, positions: Tensor | None, extra: Tensor | None = None) -> None:

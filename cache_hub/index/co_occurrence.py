@@ -1,6 +1,9 @@
-"""Query links by co-occurrence, with torch's operations on a GPU; csrc/co_occurrence.cpp does the same on a CPU."""
+"""Query links by co-occurrence, with torch's operations and, on a GPU, kernels for two of the steps;
+csrc/co_occurrence.cpp does the same on a CPU."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,14 +27,22 @@ def co_occurrence_links(lists: Tensor, n: int, width: int) -> Tensor:
     backwards = by_time.flatten().flip(0)
     named, order = backwards.sort(stable=True)
     begin = torch.searchsorted(named, torch.arange(n + 1, dtype=named.dtype, device=named.device))
-    near = _nearest_in_lists(by_time, _latest_places(order, begin), n, width)
-    pivots = _sampled_pivots(by_time, named, order, begin, width // 2)
+    del backwards, named
+    places = _latest_places(order, begin)
+    nearest, search = nearest_in_lists, first_from
+    if lists.is_cuda:
+        from . import co_occurrence_kernels as kernels  # Triton only where it is used
+
+        nearest, search = kernels.nearest_in_lists, kernels.first_from
+    near = nearest(by_time, places, n, width)
+    pivots = _sampled_pivots(by_time, order, begin, width // 2, search)
     half = (width + 1) // 2
     return _first_of_each(torch.cat((near[:, :half], pivots, near[:, half:]), 1), width)
 
 
-def _nearest_in_lists(by_time: Tensor, places: Tensor, n: int, width: int) -> Tensor:
-    """[n, width] int32, -1 pads, for lists by_time [T, k]; places as _latest_places tells them."""
+def nearest_in_lists(by_time: Tensor, places: Tensor, n: int, width: int) -> Tensor:
+    """What stands nearest to each of n keys, [n, width] int32, -1 pads, for lists by_time [T, k] that name none twice;
+    places [n, 3] as _latest_places tells them."""
     device, k = by_time.device, by_time.shape[1]
     links = torch.full((n, width), -1, dtype=torch.int32, device=device)
     rank = torch.arange(k, device=device)
@@ -64,12 +75,14 @@ def _latest_places(order: Tensor, begin: Tensor) -> Tensor:
     return torch.where(there, len(order) - 1 - order[at.clamp(max=max(len(order) - 1, 0))], -1)
 
 
-def _sampled_pivots(by_time: Tensor, named: Tensor, order: Tensor, begin: Tensor, sampled: int) -> Tensor:
+def _sampled_pivots(
+    by_time: Tensor, order: Tensor, begin: Tensor, sampled: int, search: Callable[..., Tensor]
+) -> Tensor:
     """What lists by_time [T, k] rank first, or second where that is the key itself: [n, sampled] int32, -1 for none.
 
     Sample i of a key is the latest list that names it not after number last - (last - first) * u * u, where
     u = (i + chance) / sampled and as large a part of the lists is before `first` as of the keys before the key.
-    named [T * k]: whom `order` names, ascending; order and begin as in _latest_places.
+    order and begin as in _latest_places; search: first_from, or its kernel.
     """
     (count, k), n, device = by_time.shape, len(begin) - 1, by_time.device
     if not sampled or not count:
@@ -79,14 +92,24 @@ def _sampled_pivots(by_time: Tensor, named: Tensor, order: Tensor, begin: Tensor
     u = (sample * _ONE + _chance(key, sample)) // sampled
     first = key * count // n
     due = count - 1 - ((count - 1 - first) * (u * u // _ONE)) // _ONE
-    # Ascending: a key's places from the last list on. -1 stands before every key.
-    place = named.long() * count + order // k
-    at = torch.searchsorted(place, key * count + (count - 1 - due))
+    at = search(order, begin, count - 1 - due, k)
     there = at < begin[1:, None]
-    chosen = by_time[count - 1 - order[at.clamp(max=len(order) - 1)] // k]
-    chosen = torch.nn.functional.pad(chosen, (0, 1), value=-1)
+    ends = torch.nn.functional.pad(by_time[:, :2], (0, 1), value=-1)
+    chosen = ends[count - 1 - order[at.clamp(max=len(order) - 1)] // k]
     pivots = torch.where(chosen[..., 0] == key, chosen[..., 1], chosen[..., 0])
     return torch.where(there, pivots, -1)
+
+
+def first_from(order: Tensor, begin: Tensor, wanted: Tensor, k: int) -> Tensor:
+    """Of each key's places in `order`, where the first one lies whose list, counted from the end, is not before
+    `wanted` [n, s]: [n, s] int64, where the next key's begin if there is none. order and begin as in _latest_places."""
+    counts = begin.diff()
+    key = torch.arange(len(counts), device=order.device)
+    own = order[begin[0] : begin[-1]] // k
+    # A key's places ascend from the last list on; -1 stands before every key.
+    most = len(order) // k + 1
+    place = key.repeat_interleave(counts) * most + own
+    return torch.searchsorted(place, key[:, None] * most + wanted) + begin[0]
 
 
 def _chance(key: Tensor, sample: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +11,9 @@ from torch import Tensor
 
 from config import GraphConfig
 
-from ..pinned import rows_on
+from ..pinned import copying, rows_on
 from . import _native
-from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_insert, check_search, lift
+from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_insert, check_search, lift, nothing_left
 from .key_store import CompactKeys, as_key_store, stored_key_bytes
 from .knn import causal_knn, key_knn
 from .links import PackedLinks
@@ -60,12 +62,23 @@ class AttentionAwareGraphIndex(TokenIndex):
         self, keys: Tensor, queries: Tensor, positions: Tensor | None = None, extra: Tensor | None = None
     ) -> None:
         """See TokenIndex.build. keys in CPU memory; queries on any device, which also computes the neighbour lists."""
+        self.start(keys, queries, positions, extra)()
+
+    def start(
+        self,
+        keys: Tensor,
+        queries: Tensor,
+        positions: Tensor | None = None,
+        extra: Tensor | None = None,
+        keys_there: Tensor | None = None,
+    ) -> Callable[[], None]:
+        """See TokenIndex.start; after a GPU's lists and links the rest is entries, repair, copies of the keys."""
         check_build(keys, queries, positions, extra)
         o = self.options
-        rows = len(keys)
         clock = StageClock(self.build_seconds, queries.device)
         how = (o.graph_build_batch, o.knn_backend, self.num_threads)
-        keys_there = rows_on(keys, queries.device)
+        if keys_there is None:
+            keys_there = rows_on(keys, queries.device)
         by_query = causal_knn(keys_there, queries, positions, o.q_knn, *how, extra=extra)
         clock.stage("query_key_knn")
         wanted = o.key_degree if o.key_links else 0
@@ -74,18 +87,54 @@ class AttentionAwareGraphIndex(TokenIndex):
         self._metric = KeyMetric.of(keys_there, extra, root) if o.key_links else None
         clock.stage("key_key_knn")
 
+        degree = PackedLinks.capacity(keys.shape[1], o.key_degree)
+        if not queries.is_cuda:
+            self._hold(keys, extra)
+            self._pack(self._build_on_cpu(keys, by_query, by_key, degree))
+            clock.stage("projection")
+            return nothing_left
+        wide = keys_there if extra is None or self._by_co_occurrence else lift(keys_there, extra)
+        links, pivots = self._project(wide, by_query, by_key, degree), by_query[..., 0].contiguous()
+        clock.stage("projection")
+        with copying(queries.device, links, pivots) as copied:
+            links, pivots = (_pinned_copy(states) for states in (links, pivots))
+        return partial(self._finish, keys, extra, links, pivots, copied)
+
+    def _finish(
+        self, keys: Tensor, extra: Tensor | None, links: Tensor, pivots: Tensor, copied: torch.cuda.Event
+    ) -> None:
+        """The CPU's part, behind `copied`: links [R, N, degree], and the first ids [R, g, M] of the queries' lists."""
+        clock = StageClock(self.build_seconds, keys.device)
+        copied.synchronize()
+        clock.stage("links_copy")
+        self._hold(keys, extra)
+        clock.stage("keys_copy")
+        self.repaired_keys = _native.repair(
+            pivots.data_ptr(),
+            len(pivots),
+            pivots.shape[1],
+            pivots.shape[2],
+            links.shape[1],
+            links.shape[2],
+            self.options.num_entries,
+            self.num_threads,
+            links.data_ptr(),
+            self.entries.data_ptr(),
+        )
+        clock.stage("repair")
+        self._pack(links)
+        clock.stage("pack")
+
+    def _hold(self, keys: Tensor, extra: Tensor | None) -> None:
+        """All but links and entries, for which there is room then."""
+        o, rows = self.options, len(keys)
         self._walk_by(keys, keys.to(self._index_dtype(keys)), extra)
         self._compact = CompactKeys.of(keys) if o.index_dtype == "int8" else None
         self._reciprocals = torch.empty(rows, 0)  # of all keys from the first insertion on, which read them once
         self.entries = torch.empty(rows, o.num_entries, dtype=torch.int32)
-        degree = PackedLinks.capacity(keys.shape[1], o.key_degree)
-        if queries.is_cuda:
-            wide = keys_there if extra is None or self._by_co_occurrence else lift(keys_there, extra)
-            links = self._build_on_gpu(wide, by_query, by_key, degree)
-        else:
-            links = self._build_on_cpu(keys, by_query, by_key, degree)
-        self.links = PackedLinks.pack(links, o.key_degree, self.num_threads)
-        clock.stage("projection")
+
+    def _pack(self, links: Tensor) -> None:
+        self.links = PackedLinks.pack(links, self.options.key_degree, self.num_threads)
 
     def _index_dtype(self, keys: Tensor) -> torch.dtype:
         """Of the keys that the walk, or what ranks the beam after it, reads."""
@@ -166,28 +215,12 @@ class AttentionAwareGraphIndex(TokenIndex):
         late = queries[:, :, -LATE_QUERIES:]
         return square_root(query_moment(lift(late, 1.0) if lifted else late).cpu(), _RIDGE)
 
-    def _build_on_gpu(self, keys: Tensor, by_query: Tensor, by_key: Tensor, degree: int) -> Tensor:
+    def _project(self, keys: Tensor, by_query: Tensor, by_key: Tensor, degree: int) -> Tensor:
+        """Links [R, N, degree] on the GPU of the lists."""
         from .projection import project  # Triton only where it is used
 
-        o = self.options
-        rows, n, _ = keys.shape
-        group, m = by_query.shape[1:3]
-        query_links = min(o.key_degree - o.key_links, degree)
-        links = project(keys, by_query, by_key, degree, query_links, self._by_co_occurrence).cpu()
-        pivots = by_query[..., 0].cpu().contiguous()
-        self.repaired_keys = _native.repair(
-            pivots.data_ptr(),
-            rows,
-            group,
-            m,
-            n,
-            degree,
-            o.num_entries,
-            self.num_threads,
-            links.data_ptr(),
-            self.entries.data_ptr(),
-        )
-        return links
+        query_links = min(self.options.key_degree - self.options.key_links, degree)
+        return project(keys, by_query, by_key, degree, query_links, self._by_co_occurrence)
 
     def insert(
         self,
@@ -353,3 +386,8 @@ class AttentionAwareGraphIndex(TokenIndex):
         held = [self.links.data, self.entries, self._reciprocals] + ([self.keys] if self._copied else [])
         made = [part.nbytes for part in (self._compact, self._metric) if part is not None]
         return sum(t.nbytes for t in held) + sum(made)
+
+
+def _pinned_copy(states: Tensor) -> Tensor:
+    """On its way by the current stream. torch keeps the memory for the next layer's, and knows when it may be used."""
+    return torch.empty(states.shape, dtype=states.dtype, pin_memory=True).copy_(states, non_blocking=True)

@@ -9,7 +9,9 @@ from attn_hub.kernels.copy_rows import copy_rows_kernel
 from attn_hub.kernels.hand_over import append_token_kernel, post_kernel
 from attn_hub.kernels.rotate import rotate_kernel
 from attn_hub.kernels.weighted_decode import attend_rows_kernel, merge_splits_kernel
+from cache_hub.cluster_kernels import nearest_centroid_kernel, sum_members_kernel
 from cache_hub.index.chunk_topk import chunk_maxima_kernel, chunk_scores_kernel, largest_kernel
+from cache_hub.index.co_occurrence_kernels import first_from_kernel, nearest_in_lists_kernel
 from cache_hub.index.projection import pair_scores_kernel, prune_fill_kernel
 from cache_hub.index.scan_kernels import scan_kernel, select_kernel, unite_kernel
 from cache_hub.index.streaming_topk import Tuning
@@ -127,5 +129,17 @@ if __name__ == "__main__":
                 compile_kernel(chunk_scores_kernel, capability, runs | given, {"BLOCK_C": 128, **tiles, **absent})
         for block in (1, 1024):
             compile_kernel(largest_kernel, capability, {"scores": "*fp32", "out": "*i32"}, {"BLOCK": block})
+        for dim, tile in ((128, 128), (256, 64)):
+            nearest = {"points": "*fp32", "centroids": "*fp16", "offsets": "*fp32", "scale": "*fp32", "best": "*i32"}
+            sizes = {"DIM": dim, "BLOCK_M": tile, "BLOCK_N": tile // 2, "BLOCK_D": dim, "COMPUTE": tl.float16}
+            compile_kernel(nearest_centroid_kernel, capability, nearest, sizes | {"STAGES": 3}, num_warps=tile // 16)
+        members = {"points": "*bf16", "order": "*i64", "begin": "*i64", "sums": "*fp32"}
+        compile_kernel(sum_members_kernel, capability, members, {"DIM": 80, "BLOCK_M": 16, "BLOCK_D": 128}, num_warps=2)
+        lists = {"by_time": "*i32", "places": "*i64", "links": "*i32"}
+        named = dict.fromkeys(("order", "begin", "wanted", "found"), "*i64")
+        for width in (32, 128):
+            sizes = {"LISTS": 3, "ROWS": 4, "BLOCK_K": width}
+            compile_kernel(nearest_in_lists_kernel, capability, lists, sizes, num_warps=2)
+        compile_kernel(first_from_kernel, capability, named | {"count": "i64"}, {"BLOCK": 256})
         pairs = {"keys": "*bf16", "node": "*i64", "candidate": "*i64", "scores": "*fp32"}
         compile_kernel(pair_scores_kernel, capability, pairs, {"BLOCK_P": 32, "BLOCK_D": 128})

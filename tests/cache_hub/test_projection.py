@@ -90,6 +90,48 @@ def test_co_occurrence_is_the_plain_one(n: int, group: int, queries: int, k: int
     assert links[0].tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("n", "count", "k", "width"), [(1, 1, 2, 3), (2, 15, 2, 1), (63, 252, 8, 5), (151, 291, 12, 8), (90, 200, 33, 8)]
+)
+def test_kernels_of_co_occurrence_do_what_torch_does(device: str, n: int, count: int, k: int, width: int) -> None:
+    """The two steps alone, and all of it, for lists of which some are short and some empty."""
+    from cache_hub.index import co_occurrence, co_occurrence_kernels
+
+    torch.manual_seed(n)
+    by_time = torch.full((count, k), -1, dtype=torch.int32)
+    for row in by_time:
+        filled = int(torch.randint(0, min(k, n) + 1, ()))
+        # Some keys are in nearly every list, some in none.
+        weights = torch.linspace(0, 1, n) ** 4 + 1e-6
+        row[:filled] = weights.multinomial(filled).int() if filled else row[:0]
+    named, order = by_time.flatten().flip(0).sort(stable=True)
+    begin = torch.searchsorted(named, torch.arange(n + 1, dtype=torch.int32))
+    wanted = torch.randint(0, count + 1, (n, 4))
+    places = co_occurrence._latest_places(order, begin)
+    there = [states.to(device) for states in (by_time, order, begin, wanted, places)]
+    near = co_occurrence_kernels.nearest_in_lists(there[0], there[4], n, width)
+    assert torch.equal(near.cpu(), co_occurrence.nearest_in_lists(by_time, places, n, width))
+    found = co_occurrence_kernels.first_from(there[1], there[2], there[3], k)
+    expected = co_occurrence.first_from(order, begin, wanted, k)
+    own = [range(int(begin[key]), int(begin[key + 1])) for key in range(n)]
+    plain = [
+        [next((at for at in own[key] if order[at] // k >= least), own[key].stop) for least in row]
+        for key, row in enumerate(wanted.tolist())
+    ]
+    assert found.tolist() == expected.tolist() == plain
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_co_occurrence_on_a_gpu_is_that_on_a_cpu() -> None:
+    from cache_hub.index.co_occurrence import co_occurrence_links
+
+    torch.manual_seed(0)
+    lists = torch.rand(3, 2000, 1500).argsort(2)[..., :32].int()
+    lists[:, :100, 20:] = -1
+    assert torch.equal(co_occurrence_links(lists.cuda(), 1500, 8).cpu(), co_occurrence_links(lists, 1500, 8))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_index_built_on_a_gpu_finds_what_the_one_built_on_a_cpu_finds() -> None:
