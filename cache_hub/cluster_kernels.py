@@ -10,7 +10,7 @@ from torch import Tensor
 # A power of two brings the largest element of a centroid near 2 ** 14: its rounding to float16 is then relative, and
 # no product of two elements, nor a sum of them in float32, is too large.
 _EXPONENT, _LEAST = 14, 2.0**-40
-_POINTS, _CENTROIDS, _STAGES = 128, 64, 3
+_POINTS, _CENTROIDS, _STAGES = 64, 64, 3
 # Of a thread, so that two programs of 256 threads run on a multiprocessor at a time.
 _REGISTERS = 128
 

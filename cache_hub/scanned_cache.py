@@ -93,6 +93,7 @@ class ScannedFlatCache(FlatCache):
             self._scans.clear()
         super().retune(settings)
 
+    @torch.inference_mode()  # in which the steps were made, and counted
     def rewind(self) -> None:
         super().rewind()
         for state in self._scanned.values():

@@ -20,6 +20,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -43,6 +44,8 @@ from .extended import ExtendedTraces, Shape
 from .latency_row import costs, of_token, remarks, table
 from .steps import PROFILED, Prompts, compare, fill, play, profile
 
+# Behind the name of a flat variant: flat.on_gpu.
+ON_GPU = "@gpu"
 STRATEGIES = "full,wave_index,attention_aware_graph+none,attention_aware_graph+centroid,flat+none"
 
 
@@ -61,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--context_len", default="32768", help="comma list of prompts' tokens (default: 32768)")
     add("--batch", default="1", help="comma list of batch sizes (default: 1)")
     add("--prefill_bsz", type=int, default=1, help="prompts that share an index and its searches (default: 1)")
-    add("--strategies", default=STRATEGIES, help=f"comma list (default: {STRATEGIES})")
+    add("--strategies", default=STRATEGIES, help=f"comma list, flat+centroid@gpu scans there (default: {STRATEGIES})")
     add("--steps", type=int, default=32, help="decode steps timed (default: 32)")
     add("--warmup", type=int, default=4, help="decode steps before these (default: 4)")
     add("--recall_steps", type=int, default=4, help="steps compared with the exact scan, untimed; 0: none (default: 4)")
@@ -176,7 +179,14 @@ def plan(args: argparse.Namespace, length: int) -> list[list[Variant]]:
     settings = RetroInferConfig(**config_from_args(args, args.model_name, length)["RetroInfer"])
     graph = settings.attention_aware_graph.model_copy(update={"insert_batch": 0})
     update = {"attention_aware_graph": graph, "use_cuda_graph": args.dense}
-    return shared_builds(args.strategies.split(","), settings.model_copy(update=update))
+    settings = settings.model_copy(update=update)
+    names = args.strategies.split(",")
+    there = [name.removesuffix(ON_GPU) for name in names if name.endswith(ON_GPU)]
+    builds = shared_builds([name for name in names if not name.endswith(ON_GPU)], settings)
+    scans = shared_builds(
+        there, settings.model_copy(update={"flat": settings.flat.model_copy(update={"on_gpu": True})})
+    )
+    return builds + [[replace(one, name=one.name + ON_GPU) for one in build] for build in scans]
 
 
 def check(args: argparse.Namespace) -> tuple[Shape, list[int], list[int]]:

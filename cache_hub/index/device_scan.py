@@ -13,7 +13,7 @@ from .scan_kernels import scan_kernel, select_kernel, unite_kernel
 
 MAX_TOP_K = 1024
 # Maxima that one program of select_kernel holds without spilling; where there would be more, runs are longer.
-_MAXIMA = 1 << 14
+_MAXIMA = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class DeviceScan:
         if not 1 <= k <= MAX_TOP_K:
             raise ValueError(f"top_k: got {k}, allowed: 1 to {MAX_TOP_K} for a scan on the GPU")
         self.k, self.tuning, self._group = k, tuning, group
-        self._run = min(max(tuning.run, triton.next_power_of_2(triton.cdiv(room, _MAXIMA))), tuning.keys)
+        self._run = min(max(tuning.run, triton.next_power_of_2(room // _MAXIMA)), tuning.keys)
         self._width = max(triton.next_power_of_2(k), 16)
         self.scores = torch.empty(heads, room, device=device)
         self._maxima = torch.empty(heads, room // self._run, device=device)
@@ -77,7 +77,7 @@ class DeviceScan:
             select_kernel[(len(self.scores),)](
                 self.scores, self._maxima, keys.lengths, self._runs, self.ids, room, self.k,
                 GROUP=self._group, RUN=self._run, BLOCK_R=block, WIDTH=self._width,
-                num_warps=32 if max(block, self._width * self._run) > 1 << 13 else 16,
+                num_warps=8 if max(2 * block, self._width * self._run) <= 1 << 13 else 16,
             )  # fmt: skip
 
     def unite(self, keys: DeviceKeys, union: Union, query: Tensor) -> None:
