@@ -155,10 +155,11 @@ class KV_Cache(ABC):
         raise NotImplementedError
 
     def sync(self, layer_idx: int, start_bdx: int) -> None:  # noqa: B027
-        """Called after the layer's dense attention: waits for copies, builds what the layer needs."""
+        """Called after the layer's dense attention: builds what the layer needs, or begins to; the tensors of its
+        prefill_update_kv_cache may then be let go of, but not written to."""
 
     def prepare_cache(self) -> None:  # noqa: B027
-        """Called once after prefill."""
+        """Called once after prefill: waits for what is not done yet."""
 
     @abstractmethod
     def decode_update_kv_cache(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:

@@ -30,7 +30,7 @@ def nearest_centroid(points: Tensor, centroids: Tensor, offsets: Tensor | None =
     # Centroids are means of points, so that one factor does for both.
     most = torch.maximum(_largest(points), _largest(centroids)).clamp(min=_LEAST)
     scale = torch.exp2(_EXPONENT - most.log2().floor())
-    half = (centroids * scale).half()
+    half = (centroids * scale).half().contiguous()
     grown = None if offsets is None else (offsets * (scale * scale)).contiguous()
     block_d = max(triton.next_power_of_2(dim), 16)
     shrink = max(block_d // 128, 1)

@@ -12,6 +12,7 @@ from cache_hub import make_cache
 from cache_hub.background import BackgroundWork
 from cache_hub.index import AttentionAwareGraphIndex, _native, make_index
 from cache_hub.index.knn import causal_knn, key_knn
+from cache_hub.retrieval_cache import TokenIndexCache
 from config import RetroInferConfig
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -131,6 +132,50 @@ def prefilled(run: Run, estimation: str = "centroid", index_dtype: str = "auto")
     return make_cache("attention_aware_graph", settings, **run.common(dtype=torch.float32))
 
 
+def beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on states are said to be on their way, and the whole build of a graph is left to the thread."""
+    put, start = TokenIndexCache._put, AttentionAwareGraphIndex.start
+
+    def begun(cache: TokenIndexCache, *given: Any) -> Any:
+        put(cache, *given)
+        return Copied()
+
+    def later(index: AttentionAwareGraphIndex, keys: torch.Tensor, *given: Any, keys_there: torch.Tensor) -> Any:
+        assert keys_there.is_contiguous()
+        assert torch.equal(keys_there, keys)
+        return lambda: start(index, keys, *given)()
+
+    monkeypatch.setattr(TokenIndexCache, "_put", begun)
+    monkeypatch.setattr(AttentionAwareGraphIndex, "start", later)
+
+
+@pytest.mark.parametrize("lengths", [[400], [300, 350]])
+def test_a_cache_waits_for_its_layers(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, before, decoded = Run(lengths), threads(), []
+    for _ in range(2):
+        cache = prefilled(run)
+        run.prefill(cache)
+        assert threads() == before
+        assert all(group.index.build_seconds["projection"] > 0 for groups in cache._groups for group in groups)
+        assert cache.stats.seconds["projection"] > 0
+        decoded.append(run.decode(cache))
+        beside_a_gpu(monkeypatch)
+    assert torch.equal(*decoded)
+
+
+def test_a_caches_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run([400])
+    cache = prefilled(run)
+    beside_a_gpu(monkeypatch)
+
+    def broken(*given: Any) -> int:
+        raise RuntimeError("no links")
+
+    monkeypatch.setattr(_native, "build", broken)
+    with pytest.raises(RuntimeError, match="no links"):
+        run.prefill(cache)
+
+
 @pytest.mark.gpu
 @GPU
 @pytest.mark.parametrize("index_dtype", ["auto", "int8"])
@@ -156,7 +201,8 @@ def test_layers_finished_behind_the_gpu_are_those_built_one_by_one(lengths: list
             alone.build(stored, queries, torch.arange(length, device="cuda") - group.first)
             assert all(torch.equal(*both) for both in zip(built(alone), built(group.index), strict=True))
     assert cache.stats.seconds["repair"] > 0
-    assert run.decode(cache).isfinite().all()
+    with torch.inference_mode():
+        assert run.decode(cache).isfinite().all()
 
 
 @pytest.mark.gpu
