@@ -39,13 +39,15 @@ class _Move:
 class DecodeGraphs:
     """The decode step of one LLM and one cache: what the device does between two stops at the host is one graph.
 
-    A layer that asks the host takes two graphs: one posts its query, behind which an event is recorded, the other
+    A layer that asks the host takes three graphs: one posts its query, behind which an event is recorded, another
     attends to what does not depend on the answer. The host waits for the event, retrieves beside the second graph, and
-    what attends to its answer opens the next layer's first graph. Captured when first called, and anew where the
+    the third, which attends to its answer, is small: a large one takes long to launch, and the next layer's first,
+    which goes on from there, is launched while the third runs. Captured when first called, and anew where the
     cache's buffers have moved; the kernels must have run before. Both are referred to weakly: the cache owns this.
     """
 
     def __init__(self, llm: LLM, cache: StagedCache) -> None:
+        self.of = weakref.ref(llm)
         self._llm, self._cache = weakref.proxy(llm), weakref.proxy(cache)
         self._tokens = torch.zeros(cache.batch_size, dtype=torch.int64, device=llm.device)
         self._positions = torch.zeros(cache.batch_size, dtype=torch.int64, device=llm.device)
@@ -110,7 +112,10 @@ class DecodeGraphs:
             begun = cache.begin(query, index)
             if asks:
                 tape.cut(answers=index)
-            hidden = layer.finish(hidden, cache.end(begun, index), llm.mlp_chunk)
+            attended = cache.end(begun, index)
+            if asks:
+                tape.cut()
+            hidden = layer.finish(hidden, attended, llm.mlp_chunk)
         self._logits = llm.project_out(hidden[:, -1])
 
 
@@ -146,7 +151,7 @@ class _Tape:
         self._acts.append(_Replay(self._graph, self._device, asks, answers))
 
     def cut(self, asks: int | None = None, answers: int | None = None) -> None:
-        """Ends a graph, behind which the host has something to do for the layer named, and begins the next."""
+        """Ends a graph, behind which the host may have something to do for the layer named, and begins the next."""
         self._close(asks, answers)
         self._open(self._device)
 
@@ -174,6 +179,6 @@ def graphs_of(llm: LLM, cache: KV_Cache) -> DecodeGraphs | None:
         return None
     if any(layer.device.type != "cuda" for layer in llm.layers) or cache.generated[0] == 0:
         return None
-    if not isinstance(cache.graphs, DecodeGraphs):
+    if not isinstance(cache.graphs, DecodeGraphs) or cache.graphs.of() is not llm:
         cache.graphs = DecodeGraphs(llm, cache)
     return cache.graphs

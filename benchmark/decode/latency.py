@@ -3,7 +3,9 @@
 Every strategy's own cache is filled with attention states of the wanted shape, put together out of recorded ones as
 `extended` says, and decodes the steps recorded behind them. Some layers, evenly spaced, are built and timed and stand
 for all: a token takes their mean times the number of layers. --dense puts projections and MLP with random weights of
-the true shape between the attentions, and adds the output projection. Prefill is not done, so not counted.
+the true shape between the attentions, and adds the output projection, as CUDA graphs where the strategy can; a layer
+then takes what all that are built take more than half of them do, and what is left is counted once. Prefill is not
+done, so not counted.
 
 Beside each time stands its roofline: bytes of keys, values and clusters attended to, where they lie, over the bandwidth
 of plain copies measured in the same run, and with --dense the weights' too; what a search reads is not in it. Stages
@@ -42,7 +44,7 @@ from .bandwidth import copy_bandwidths, synchronize
 from .dense import DenseModel, DenseSizes
 from .extended import ExtendedTraces, Shape
 from .latency_row import costs, of_token, remarks, table
-from .steps import PROFILED, Prompts, compare, fill, play, profile
+from .steps import PROFILED, Played, Prompts, compare, fill, play, profile
 
 # Behind the name of a flat variant: flat.on_gpu.
 ON_GPU = "@gpu"
@@ -133,11 +135,14 @@ class Latency:
             built = {stage: spent / len(self.layers) for stage, spent in cache.stats.seconds.items()}
             play(cache, steps, warmup, args.device)
             row = costs(cache, prompts, play(cache, steps, timed, args.device), self.bandwidths)
-            dense = None
+            dense: list[Played] = []
             if self.dense is not None:
                 play(cache, steps, warmup, args.device, self.dense)
-                dense = self.dense, play(cache, steps, timed, args.device, self.dense)
-            row |= of_token(row, prompts, self.bandwidths, dense)
+                dense = [play(cache, steps, timed, args.device, self.dense)]
+                if self.dense.fewer is not None:
+                    play(cache, steps, warmup, args.device, self.dense, fewer=True)
+                    dense.append(play(cache, steps, timed, args.device, self.dense, fewer=True))
+            row |= of_token(row, prompts, self.bandwidths, self.dense, dense)
             if args.profile:
                 name = f"{variant.name}_{prompts.length}_{prompts.batch}".replace("+", "_")
                 profile(args.profile / name, cache, steps, timed[:PROFILED], args.device, self.dense)
@@ -163,7 +168,7 @@ class Latency:
 
 def room(args: argparse.Namespace) -> int:
     """Tokens that are decoded behind one prompt before the cache is rewound, or freed."""
-    passes = 2 if args.dense else 1
+    passes = 3 if args.dense else 1
     untimed = (args.warmup + args.recall_steps if args.recall_steps else 0) + (PROFILED if args.profile else 0)
     return passes * (args.warmup + args.steps) + untimed
 

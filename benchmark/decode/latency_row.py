@@ -44,26 +44,33 @@ def costs(cache: KV_Cache, prompts: Prompts, played: Played, bandwidths: Mapping
 
 
 def of_token(
-    row: Mapping[str, Any], prompts: Prompts, bandwidths: Mapping[str, float], dense: tuple[DenseModel, Played] | None
+    row: Mapping[str, Any],
+    prompts: Prompts,
+    bandwidths: Mapping[str, float],
+    model: DenseModel | None,
+    played: Sequence[Played],
 ) -> dict[str, Any]:
-    """Milliseconds of a token: the layers' mean times their number, where all that is dense was played too with the
-    output projection; the roofline likewise."""
+    """Milliseconds of a token: the layers' mean times their number, and where all that is dense was played too what a
+    step takes beside its layers; the roofline likewise. played: by the model, and by that of fewer layers."""
     layers, built = prompts.extended.shape.layers, len(prompts.layers)
     layer, roofline = row["ms_per_layer"], row["roofline_ms_per_layer"] * layers
-    head, found = 0.0, {}
-    if dense is not None:
-        pieces, played = dense
-        head = pieces.head_ms
-        layer = (statistics.median(played.seconds) * 1e3 - head) / built
-        roofline += (layers * pieces.layer_bytes + pieces.head_bytes) / bandwidths["device"] / 1e6
-        each = built * len(played.seconds) / 1e3
+    beside, found = 0.0, {}
+    if model is not None:
+        steps = [statistics.median(one.seconds) * 1e3 for one in played]
+        layer = (steps[0] - model.head_ms) / built
+        if model.fewer is not None:
+            layer = (steps[0] - steps[1]) / (built - len(model.fewer.layers))
+        beside = steps[0] - layer * built
+        roofline += (layers * model.layer_bytes + model.head_bytes) / bandwidths["device"] / 1e6
+        each = built * len(played[0].seconds) / 1e3
         found = {
             "ms_per_layer_with_dense": layer,
-            "dense_ms_per_layer": pieces.layer_ms,
-            "head_ms": head,
-            "dense_stage_ms_per_layer": {stage: seconds / each for stage, seconds in played.stages.items()},
+            "ms_beside_layers": beside,
+            "dense_ms_per_layer": model.layer_ms,
+            "head_ms": model.head_ms,
+            "dense_stage_ms_per_layer": {stage: seconds / each for stage, seconds in played[0].stages.items()},
         }
-    token = layer * layers + head
+    token = layer * layers + beside
     return {
         **found,
         "ms_per_token": token,
