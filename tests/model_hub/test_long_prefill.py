@@ -24,7 +24,7 @@ def test_projections_in_chunks(name: str, chunk: int, tiny_folder: Any) -> None:
     layer = llm.layers[1]
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(2, 150, llm.spec.hidden_size, generator=generator)
-    cos, sin = llm._cos_sin(torch.arange(150)[None])
+    cos, sin = llm.cos_sin(torch.arange(150)[None])
     for got, expected in zip(
         layer.project_prompt(hidden, cos, sin, chunk), layer.project(hidden, cos, sin), strict=True
     ):
