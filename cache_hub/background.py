@@ -29,6 +29,11 @@ class BackgroundWork:
             self._pool = ThreadPoolExecutor(1, "background")
         self._begun.append(self._pool.submit(_run, work, torch.is_inference_mode_enabled()))
 
+    @property
+    def pending(self) -> bool:
+        """Whether there is work that nobody has waited for."""
+        return bool(self._begun)
+
     def finish(self) -> None:
         """Waits for all work; then the thread is gone. Raises the first error, behind which no piece is begun."""
         try:

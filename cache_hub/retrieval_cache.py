@@ -14,33 +14,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attn_hub import WeightedPart, decode_splits, post
 from config import ESTIMATIONS
 
 from .background import BackgroundWork
-from .diagnosis import agreement_with_exact
-from .growing_layers import GrowingLayers, inserted_at_once, static_and_grown
+from .growing_layers import inserted_at_once, static_and_grown
 from .index import TokenIndex
 from .index._native import trim_memory
 from .index.metric import LATE_QUERIES, query_moment
 from .indexed_sequences import IndexedSequences
-from .layer_search import Found, HostBuffers, LayerSearch, layer_search
 from .lift import SoftmaxLift
 from .memory import CPU, Need, RunShape, usable_cpus
+from .retrieving_layers import RetrievingLayers
 from .static_zone import check_static, sinks_and_window
 from .stats import Agreement, CacheStats
 from .tail import CentroidTail
 
 if TYPE_CHECKING:
-    from attn_hub.kernels.weighted_decode import TritonSplits
-    from attn_hub.reference import ReferenceSplits
     from config import RetroInferConfig
 
 # Layers whose index is finished by the CPU while the GPU goes on: their links lie in CPU memory twice.
 _LAYERS_BUILT = 2
 
 
-class TokenIndexCache(GrowingLayers):
+class TokenIndexCache(RetrievingLayers):
     """Keys and values of the prompt in CPU memory (pinned beside a GPU), static tokens where the layer computes.
 
     Static: the first `static_pattern_start` tokens, the last `static_pattern_end` of the prompt and generated ones.
@@ -97,10 +93,6 @@ class TokenIndexCache(GrowingLayers):
         self._groups = [[] for _ in self.devices]
         self._pending: tuple[Tensor, Tensor, Tensor] | None = None  # queries, keys, values that `sync` builds from
         self._tails = []
-        self._buffers: dict[torch.device, HostBuffers] = {}
-        self._searches: dict[int, LayerSearch] = {}
-        self._retrieved: dict[int, tuple[int, int]] = {}  # keys scored and tokens found in the last step, by layer
-        self._chosen: Tensor | None = None  # clusters that the layer begun last attends to, where that is not all
         self._tail_seconds = 0.0
         self._building = BackgroundWork(_LAYERS_BUILT)
         self._copied: dict[torch.device, torch.cuda.Event] = {}  # the prompt's states stored last, of layers there
@@ -277,8 +269,9 @@ class TokenIndexCache(GrowingLayers):
     def prepare_cache(self) -> None:
         """Waits for what `store_prompt` and `sync` began. Makes the clusters that stand for the rest, where they do and
         `sync` has not made them."""
-        with self.stats.timed("build"):
-            self._building.finish()
+        if self._building.pending:
+            with self.stats.timed("build"):
+                self._building.finish()
         for copied in self._copied.values():
             copied.synchronize()
         self._copied.clear()
@@ -313,105 +306,6 @@ class TokenIndexCache(GrowingLayers):
             keys, values = (group.tokens(stores[layer_idx]) for stores in (self._keys, self._values))
             tail.add(group.sequences, keys, values, group.query_moment)
         return tail
-
-    def needs_host(self, layer_idx: int) -> bool:
-        return bool(self._groups[layer_idx])
-
-    def _buffers_of(self, layer_idx: int) -> HostBuffers:
-        device = self.devices[layer_idx]
-        if device not in self._buffers:
-            sizes = (self.batch_size, self.kv_head, self.group_size, self.head_dim, self.top_k)
-            self._buffers[device] = HostBuffers.of(
-                *sizes, pinned=device.type == "cuda", lifted=self.estimation == "softmax_lift"
-            )
-        return self._buffers[device]
-
-    def _tail_of(self, layer_idx: int) -> CentroidTail | None:
-        return self._tails[layer_idx] if self.estimation == "centroid" else None
-
-    def post_query(self, query_states: Tensor, layer_idx: int) -> None:
-        post(query_states, self._buffers_of(layer_idx).queries)
-
-    def begin(self, query_states: Tensor, layer_idx: int) -> ReferenceSplits | TritonSplits:
-        """Attends to the static tokens and the clusters, as if nothing were retrieved."""
-        parts = [self._zones[layer_idx].part()]
-        ready = 1
-        if self._groups[layer_idx]:
-            tail, buffers = self._tail_of(layer_idx), self._buffers_of(layer_idx)
-            stores = self._keys[layer_idx], self._values[layer_idx]
-            retrieved = WeightedPart(*stores, buffers.positions, buffers.log_weights)
-            if tail is not None:
-                clusters, self._chosen = tail.part(query_states)
-                parts.append(clusters)
-                ready += 1
-                retrieved.stand_ins, retrieved.stand_in_ids = tail.centroids, buffers.clusters
-            parts.append(retrieved)
-        begun = decode_splits(query_states, parts)
-        begun.attend(ready)
-        return begun
-
-    def _search_of(self, layer_idx: int) -> LayerSearch:
-        if layer_idx not in self._searches:
-            how = (self.top_k, self.warm_start, self._tail_of(layer_idx))
-            self._searches[layer_idx] = layer_search(self._groups[layer_idx], *how)
-        return self._searches[layer_idx]
-
-    def retrieve(self, layer_idx: int) -> None:
-        buffers, search = self._buffers_of(layer_idx), self._search_of(layer_idx)
-        with self.stats.timed("search"):
-            self._retrieved[layer_idx] = search.retrieve(buffers)
-        if self.stats.agreement is not None:
-            with self.stats.timed("diagnosis"):
-                self._compare(buffers.queries, search.found(), layer_idx, self.stats.agreement)
-        self.keep_query(buffers.queries.view(self.batch_size, self.num_heads, self.head_dim), layer_idx)
-
-    def end(self, begun: ReferenceSplits | TritonSplits, layer_idx: int) -> Tensor:
-        retrieved = begun.parts[-1]
-        if retrieved.stand_in_ids is not None and self._chosen is not None:
-            ids = retrieved.stand_in_ids.to(self._chosen.device, non_blocking=True)
-            there = self._chosen.gather(2, ids.clamp(min=0).long()) & (ids >= 0)
-            retrieved.stand_in_ids = torch.where(there, ids, -1)
-        return begun.merge()
-
-    def captured(self, layer_idx: int) -> tuple[int, ...]:
-        zone, tail = self._zones[layer_idx], self._tail_of(layer_idx)
-        held = [zone.keys, self._keys[layer_idx]]
-        if self._groups[layer_idx]:
-            held.append(self._buffers_of(layer_idx).positions)
-        if tail is not None:
-            held += [tail.centroids, *([tail.wanted()] if tail.share < 1 else [])]
-        return tuple(tensor.data_ptr() for tensor in held)
-
-    def note_step(self, layer_idx: int) -> None:
-        stats, context = self.stats, sum(self.context_lengths(layer_idx))
-        stats.attended += sum(self._zones[layer_idx].counts) * self.kv_head
-        stats.attended_of += context * self.kv_head
-        stats.scored_of += context * self.num_heads
-        groups, tail = self._groups[layer_idx], self._tail_of(layer_idx)
-        if not groups:
-            return
-        scored, attended = self._retrieved[layer_idx]
-        queries = sum(group.count for group in groups) * self.num_heads
-        stats.scored += scored
-        stats.scored_bytes += groups[0].index.scored_bytes(scored, queries, self.top_k)
-        stats.attended += attended
-        stats.bytes_moved += 2 * attended * self.head_dim * self.dtype.itemsize
-        if tail is not None:
-            stats.estimated += tail.attended
-            if self.estimation_budget < 1:
-                self._count_centroids(sum(tail.clusters))
-
-    def _compare(self, queries: Tensor, found: list[Found], layer_idx: int, agreement: Agreement) -> None:
-        """Adds recall and attention mass of one step for queries [B * Hkv, g, D], by an exact scan of every group's
-        keys."""
-        for group, result in zip(self._groups[layer_idx], found, strict=True):
-            sequences = group.sequences
-            keys = group.tokens(self._keys[layer_idx]).flatten(0, 1)
-            zone = self._zones[layer_idx]
-            static_keys = zone.keys[sequences, :, : zone.counts[group.start]].flatten(0, 1).cpu()
-            tables = agreement_with_exact(queries[group.rows(self.kv_head)], keys, static_keys, result.ids, self.top_k)
-            each = (table.view(group.count, self.num_heads) for table in (*tables, result.keys_scored))
-            agreement.add(layer_idx, *each)
 
     @property
     def index_bytes(self) -> int:

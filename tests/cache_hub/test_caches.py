@@ -7,7 +7,7 @@ import pytest
 import torch
 from cache_run import LAYERS, STEPS, Run, relative_error
 
-from cache_hub import STRATEGIES, AttentionAwareGraphCache, FlatCache, make_cache, retrieval_cache
+from cache_hub import STRATEGIES, AttentionAwareGraphCache, FlatCache, make_cache, retrieving_layers
 from cache_hub.layer_search import GraphLayerSearch, LayerSearch, layer_search
 from config import ESTIMATIONS, RETRIEVAL_STRATEGIES, RetroInferConfig
 from config.schema import ESTIMATING
@@ -89,7 +89,7 @@ def test_each_search_starts_from_the_first_hits_of_the_step_before(
     estimation: str, warm_start: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For the sequences of each prefill call by themselves, in every layer; not from those before a rewind."""
-    monkeypatch.setattr(retrieval_cache, "layer_search", LayerSearch)
+    monkeypatch.setattr(retrieving_layers, "layer_search", LayerSearch)
     run = Run([300, 131])
     given: dict[tuple[int, int], list[Any]] = defaultdict(list)
     found: dict[tuple[int, int], list[Any]] = defaultdict(list)
@@ -132,7 +132,7 @@ def test_one_native_call_for_a_layer_does_what_single_searches_do(
     """For sequences of which one is attended in full, behind a rewind, and while generated tokens enter the index."""
     outs, scored = [], []
     for kind in (layer_search, LayerSearch):
-        monkeypatch.setattr(retrieval_cache, "layer_search", kind)
+        monkeypatch.setattr(retrieving_layers, "layer_search", kind)
         run = Run(lengths, steps=12)
         knobs = {"top_k": 20, "estimation": estimation, "warm_start": warm_start, "insert_batch": insert_batch}
         cache = AttentionAwareGraphCache(**knobs, **run.common(diagnose=True))
