@@ -53,6 +53,26 @@ def test_half_precision_stays_within_its_rounding(kernels, dtype, tolerance, hea
     _assert_agree(kernels, query, parts, tolerance)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_what_stand_ins_take_away_stays_within_rounding(kernels, dtype, tolerance):
+    """Clusters of which most members are attended to exactly, with logits of some size."""
+    torch.manual_seed(6)
+    centroids = 2 * torch.randn(2, 2, 30, 64)
+    cluster_of = torch.randint(0, 30, (2, 2, 300), dtype=torch.int32)
+    members = cluster_of.long()[..., None].expand(-1, -1, -1, 64)
+    keys = (centroids.gather(2, members) + 0.3 * torch.randn(2, 2, 300, 64)).to(dtype)
+    values = random_store(2, 2, 300, 64, dtype)
+    sizes = torch.zeros(2, 2, 30).scatter_add_(2, cluster_of.long(), torch.ones(2, 2, 300))
+    means = torch.zeros(2, 2, 30, 64).scatter_add_(2, members, values.float()) / sizes.clamp(min=1)[..., None]
+    ids = torch.arange(300, dtype=torch.int32).expand(2, 2, -1).clone()
+    ids[..., ::7] = -1
+    parts = [
+        WeightedPart(centroids.to(dtype), means.to(dtype), log_weights=sizes.log()),
+        WeightedPart(keys, values, ids, stand_ins=centroids.to(dtype), stand_in_ids=cluster_of),
+    ]
+    _assert_agree(kernels, torch.randn(2, 1, 8, 64).to(dtype), parts, tolerance)
+
+
 def test_a_group_wider_than_a_tile_and_a_strided_query(kernels):
     torch.manual_seed(2)
     query = torch.randn(1, 1, 64, 34).transpose(2, 3)
