@@ -11,7 +11,7 @@ from .results import peak_memory_bytes
 
 # Beside a GPU the CPU's are those of another thread: together they may take longer than the build was waited for.
 _BUILD_STAGES = ("query_key_knn", "key_key_knn", "projection", "links_copy", "repair", "pack", "index", "cluster")
-_DECODE_STAGES = ("search", "estimate", "attention", "admit", "update")
+_DECODE_STAGES = ("wait", "search", "attention", "admit", "insert", "update")
 
 
 def measure(

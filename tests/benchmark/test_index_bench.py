@@ -151,7 +151,7 @@ def test_each_row_states_the_build_of_its_own(tmp_path: Path) -> None:
     stages = [row["build_seconds_by_stage"] for row in rows]
     assert seconds[1] > seconds[0] == seconds[2]
     assert seconds[1] - seconds[0] == pytest.approx(stages[1]["build"] - stages[0]["build"], rel=1e-3)
-    assert all({"search", "estimate", "attention", "diagnosis"}.isdisjoint(each) for each in stages)
+    assert all({"search", "attention", "diagnosis"}.isdisjoint(each) for each in stages)
 
 
 def test_finished_rows_are_kept_and_another_protocol_is_refused(

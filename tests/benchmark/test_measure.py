@@ -15,7 +15,7 @@ from model_hub import GenerationTiming
 
 
 def test_every_stage_is_told_and_the_model_is_the_rest() -> None:
-    spent = {"build": 5.0, "cluster": 2.0, "search": 1.0, "estimate": 0.5, "attention": 0.25, "admit": 0.125}
+    spent = {"build": 5.0, "cluster": 2.0, "search": 1.0, "wait": 0.5, "attention": 0.25, "admit": 0.125}
     stats = CacheStats(seconds=defaultdict(float, {**spent, "update": 0.0625}))
     cache: Any = SimpleNamespace(stats=stats, index_bytes=1, kv_bytes=2)
     told = record(cache, GenerationTiming(7.0, 0.0, 4.0, 2))
