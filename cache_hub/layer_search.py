@@ -50,7 +50,7 @@ class Found:
 class LayerSearch:
     """Of one layer, for sequences that any index serves, one after the other.
 
-    found: of the last step, by sequences. k: tokens a query head; warm_start: hits of the step before, for each query
+    k: tokens a query head; warm_start: hits of the step before, for each query
     head, that a search may start from.
     """
 

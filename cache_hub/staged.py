@@ -30,7 +30,7 @@ class StagedCache(KV_Cache):
 
     @abstractmethod
     def write_token(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
-        """Takes one token's states [B, 1, Hkv, D] of every sequence, for which `room` was made. Device work."""
+        """Takes one token's states [B, 1, Hkv, D] of every sequence, for which `make_room` was called. Device work."""
 
     def make_room(self, layer_idx: int) -> None:
         """Sees to it that the layer has room for one more token."""

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Replay:
-    """Device work; `asks` and `answers` name the layer whose query it posts, and whose `retrieve` comes behind it."""
+    """Device work; `asks` and `answers`, where not None, name the layer whose query it posts, and the layer whose
+    `retrieve` comes behind its launch."""
 
     graph: torch.cuda.CUDAGraph
     device: torch.device
@@ -37,7 +38,7 @@ class _Move:
 
 
 class DecodeGraphs:
-    """The decode step of one LLM and one cache: what the device does between two stops at the host is one graph.
+    """The decode step of one LLM and one cache: one graph where no layer asks the host.
 
     A layer that asks the host takes three graphs: one posts its query, behind which an event is recorded, another
     attends to what does not depend on the answer. The host waits for the event, retrieves beside the second graph, and
