@@ -47,5 +47,6 @@ def triton_rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             *out.stride()[:3],
             HALF=head_dim // 2, BLOCK_H=triton.next_power_of_2(heads),
             BLOCK_D=triton.next_power_of_2(head_dim // 2),
+            enable_fp_fusion=False,  # a product that a sum takes in unrounded is not torch's
         )  # fmt: skip
     return out

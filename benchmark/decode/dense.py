@@ -94,8 +94,7 @@ class DenseModel:
     step.
 
     layer_bytes, head_bytes: what one step reads of a layer's weights, and of the output projection's; layer_ms and
-    head_ms: what they take without any attention, once `measure` was called. fewer: a model of the first half of the
-    layers, and all else; None beside a single layer.
+    head_ms: what they take without any attention, once `measure` was called.
     """
 
     def __init__(
@@ -110,15 +109,11 @@ class DenseModel:
         for number, layer in enumerate(made):
             layer.states = tuple(states[number] for states in vars(self._shown).values())
         self.llm = around(made, sizes)
-        self.fewer: LLM | None = None
-        if layers > 1:
-            head = self.llm.lm_head
-            self.fewer = LLM(self.llm.spec, self.llm.layers[: layers // 2], head, self.llm.norm, head, 1 << 30, ())
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
-        first, head = made[0], self.llm.lm_head
+        first = made[0]
         linears = (first.qkv, first.out, first.gate_up, first.down)
         self.layer_bytes = sum(one.weight.nbytes for one in linears)
-        self.head_bytes = head.nbytes
+        self.head_bytes = self.llm.lm_head.nbytes
         self.layer_ms = self.head_ms = 0.0
 
     @property

@@ -4,8 +4,8 @@ Every strategy's own cache is filled with attention states of the wanted shape, 
 `extended` says, and decodes the steps recorded behind them. Some layers, evenly spaced, are built and timed and stand
 for all: a token takes their mean times the number of layers. --dense puts projections and MLP with random weights of
 the true shape between the attentions, and adds the output projection, as CUDA graphs where the strategy can; a layer
-then takes what all that are built take more than half of them do, and what is left is counted once. Prefill is not
-done, so not counted.
+then takes its share of what the step takes without that projection, so that what a step does beside its layers counts
+too often rather than too seldom. Prefill is not done, so not counted.
 
 Beside each time stands its roofline: bytes of keys, values and clusters attended to, where they lie, over the bandwidth
 of plain copies measured in the same run, and with --dense the weights' too; what a search reads is not in it. Stages
@@ -135,13 +135,10 @@ class Latency:
             built = {stage: spent / len(self.layers) for stage, spent in cache.stats.seconds.items()}
             play(cache, steps, warmup, args.device)
             row = costs(cache, prompts, play(cache, steps, timed, args.device), self.bandwidths)
-            dense: list[Played] = []
+            dense: Played | None = None
             if self.dense is not None:
                 play(cache, steps, warmup, args.device, self.dense)
-                dense = [play(cache, steps, timed, args.device, self.dense)]
-                if self.dense.fewer is not None:
-                    play(cache, steps, warmup, args.device, self.dense, fewer=True)
-                    dense.append(play(cache, steps, timed, args.device, self.dense, fewer=True))
+                dense = play(cache, steps, timed, args.device, self.dense)
             row |= of_token(row, prompts, self.bandwidths, self.dense, dense)
             if args.profile:
                 name = f"{variant.name}_{prompts.length}_{prompts.batch}".replace("+", "_")
@@ -168,7 +165,7 @@ class Latency:
 
 def room(args: argparse.Namespace) -> int:
     """Tokens that are decoded behind one prompt before the cache is rewound, or freed."""
-    passes = 3 if args.dense else 1
+    passes = 2 if args.dense else 1
     untimed = (args.warmup + args.recall_steps if args.recall_steps else 0) + (PROFILED if args.profile else 0)
     return passes * (args.warmup + args.steps) + untimed
 

@@ -48,29 +48,25 @@ def of_token(
     prompts: Prompts,
     bandwidths: Mapping[str, float],
     model: DenseModel | None,
-    played: Sequence[Played],
+    played: Played | None,
 ) -> dict[str, Any]:
-    """Milliseconds of a token: the layers' mean times their number, and where all that is dense was played too what a
-    step takes beside its layers; the roofline likewise. played: by the model, and by that of fewer layers."""
+    """Milliseconds of a token: the layers' mean times their number, and where the model `played` all that is dense the
+    output projection; the roofline likewise."""
     layers, built = prompts.extended.shape.layers, len(prompts.layers)
     layer, roofline = row["ms_per_layer"], row["roofline_ms_per_layer"] * layers
-    beside, found = 0.0, {}
-    if model is not None:
-        steps = [statistics.median(one.seconds) * 1e3 for one in played]
-        layer = (steps[0] - model.head_ms) / built
-        if model.fewer is not None:
-            layer = (steps[0] - steps[1]) / (built - len(model.fewer.layers))
-        beside = steps[0] - layer * built
+    head, found = 0.0, {}
+    if model is not None and played is not None:
+        head = model.head_ms
+        layer = (statistics.median(played.seconds) * 1e3 - head) / built
         roofline += (layers * model.layer_bytes + model.head_bytes) / bandwidths["device"] / 1e6
-        each = built * len(played[0].seconds) / 1e3
+        each = built * len(played.seconds) / 1e3
         found = {
             "ms_per_layer_with_dense": layer,
-            "ms_beside_layers": beside,
             "dense_ms_per_layer": model.layer_ms,
             "head_ms": model.head_ms,
-            "dense_stage_ms_per_layer": {stage: seconds / each for stage, seconds in played[0].stages.items()},
+            "dense_stage_ms_per_layer": {stage: seconds / each for stage, seconds in played.stages.items()},
         }
-    token = layer * layers + beside
+    token = layer * layers + head
     return {
         **found,
         "ms_per_token": token,

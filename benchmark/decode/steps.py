@@ -103,21 +103,17 @@ def fill(strategy: str, settings: RetroInferConfig, prompts: Prompts, room: int)
 
 
 @torch.inference_mode()
-def play(
-    cache: KV_Cache, steps: StepStates, which: range, device: str, dense: DenseModel | None = None, fewer: bool = False
-) -> Played:
+def play(cache: KV_Cache, steps: StepStates, which: range, device: str, dense: DenseModel | None = None) -> Played:
     """Decodes some steps, layer after layer, waiting for the device behind each step; with `dense` as a model does it,
-    the output projection included, whose states are not what the attention gets: that is the traces'. fewer: as its
-    model of fewer layers does it."""
-    llm = None if dense is None else dense.fewer if fewer else dense.llm
+    the output projection included, whose states are not what the attention gets: that is the traces'."""
     before, stages, seconds = _counts(cache.stats), dict(cache.stats.seconds), []
     for step in which:
         if dense is not None:
             dense.show(steps, step)
         synchronize(device)
         begin = perf_counter()
-        if dense is not None and llm is not None:
-            llm.decode_step(dense.tokens, cache)
+        if dense is not None:
+            dense.llm.decode_step(dense.tokens, cache)
         else:
             for layer in range(cache.layer_num):
                 cache.decode_update_kv_cache(steps.keys[step, layer], steps.values[step, layer], layer)

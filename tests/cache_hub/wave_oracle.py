@@ -23,7 +23,16 @@ def cluster(keys: Array, values: Array, segments: int, centroids: int, iteration
                 if (nearest == i).any():
                     centre = rows[nearest == i].mean(0)
                     own[i] = centre / max(np.linalg.norm(centre), 1e-12)
-    assignment = (points @ current.T).argmax(1)
+    return means(keys, values, (points @ current.T).argmax(1), centroids, current + mean)
+
+
+def means(
+    keys: Array, values: Array, assignment: Array, centroids: int, empty: Array | None = None
+) -> tuple[Array, ...]:
+    """What `cluster` returns, for keys [n, d] in the clusters `assignment` [n]; empty [c, d]: centroids of those that
+    nothing is in."""
+    keys, values = keys.astype(np.float64), values.astype(np.float64)
+    current = np.zeros((centroids, keys.shape[1])) if empty is None else empty.copy()
     sizes = np.zeros(centroids, int)
     value_sums = np.zeros_like(current)
     for i in range(centroids):
@@ -31,8 +40,8 @@ def cluster(keys: Array, values: Array, segments: int, centroids: int, iteration
         sizes[i] = members.sum()
         value_sums[i] = values[members].sum(0)
         if sizes[i]:
-            current[i] = points[members].mean(0)
-    return current + mean, sizes, value_sums, assignment
+            current[i] = keys[members].mean(0)
+    return current, sizes, value_sums, assignment
 
 
 def selection(queries: Array, clusters: list[tuple[Array, ...]], retrieved: int, estimated: int) -> tuple[Array, Array]:
