@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cache_hub import AUTO
 from cache_hub.prefix import Manifest, check_free, read_manifest
 from config import RetroInferConfig, config_from_args, resolve_strategy
 from model_hub import LLM, Prefix, Sampler, load_model, load_tokenizer
@@ -125,7 +126,9 @@ def load_and_answer(args: argparse.Namespace, seed: int) -> dict[str, Any]:
 def _configure(args: argparse.Namespace, tokens: int) -> tuple[dict[str, Any], str, RetroInferConfig]:
     attn_config = config_from_args(args, args.model_name, tokens)
     settings = RetroInferConfig(**attn_config["RetroInfer"])
-    return attn_config, resolve_strategy(args.attn_type, settings), settings
+    strategy = resolve_strategy(args.attn_type, settings)
+    # What is built once and saved is an index.
+    return attn_config, "attention_aware_graph" if strategy == AUTO else strategy, settings
 
 
 def _load(args: argparse.Namespace, tokenizer: Any, tokens: int) -> LLM:

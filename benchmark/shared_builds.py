@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cache_hub import STRATEGIES, KV_Cache
+from cache_hub import KV_Cache, build_key
 from config import RetroInferConfig, with_estimation
 from model_hub import LLM
 
@@ -27,8 +27,7 @@ def shared_builds(names: Sequence[str], settings: RetroInferConfig) -> list[list
     builds: dict[str, list[Variant]] = {}
     for name in dict.fromkeys(names):
         variant = Variant(name, *with_estimation(name, settings))
-        key = f"{variant.strategy} {STRATEGIES[variant.strategy].build_key(variant.settings)}"
-        builds.setdefault(key, []).append(variant)
+        builds.setdefault(build_key(variant.strategy, variant.settings), []).append(variant)
     return list(builds.values())
 
 

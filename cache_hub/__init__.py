@@ -10,13 +10,15 @@ from .faiss_cache import HNSWCache, IVFCache
 from .flat_cache import FlatCache
 from .full_cache import FullCache
 from .graph_cache import AttentionAwareGraphCache
-from .memory import RunShape, check_memory
+from .memory import RunShape, check_memory, fits
 from .retroinfer_cache import WaveIndexCache
 from .stats import CacheStats
 
 if TYPE_CHECKING:
     from config import RetroInferConfig
 
+# Which of two strategies it is, `settle` says.
+AUTO = "auto"
 STRATEGIES: dict[str, type[KV_Cache]] = {
     "full": FullCache,
     "flat": FlatCache,
@@ -36,6 +38,39 @@ def make_cache(strategy: str, settings: RetroInferConfig, **common: Any) -> KV_C
     return cache(**cache.options(settings), **common)
 
 
+def settle(builds: Sequence[tuple[str, RetroInferConfig]], shape: RunShape) -> list[tuple[str, RetroInferConfig]]:
+    """The strategies and settings that caches are made of, where some are "auto".
+
+    That is the exact scan on the GPU (flat, flat.on_gpu) where all layers are on GPUs, it serves the settings, and all
+    the caches fit the memory that is available; else attention_aware_graph. On one H100 with 16 CPU cores the scan's
+    steps were the shorter ones up to the longest contexts that were measured; on a CPU it would read every key.
+    """
+    if all(strategy != AUTO for strategy, _ in builds):
+        return list(builds)
+    on_gpus = all(device.type == "cuda" for device in shape.devices)
+    if on_gpus and all(_can_scan(settings) for strategy, settings in builds if strategy == AUTO):
+        scanning = [_scanning(settings) if strategy == AUTO else (strategy, settings) for strategy, settings in builds]
+        if fits([(_class_of(*build), build[1]) for build in scanning], shape):
+            return scanning
+    return [("attention_aware_graph" if strategy == AUTO else strategy, settings) for strategy, settings in builds]
+
+
+def build_key(strategy: str, settings: RetroInferConfig) -> str:
+    """Equal for what one filled cache can serve, see KV_Cache.build_key; of "auto", whichever it will be."""
+    return f"{strategy} {(AttentionAwareGraphCache if strategy == AUTO else STRATEGIES[strategy]).build_key(settings)}"
+
+
+def _can_scan(settings: RetroInferConfig) -> bool:
+    from .index.device_scan import MAX_TOP_K  # Triton only where it is used
+
+    graph = settings.attention_aware_graph
+    return graph.estimation != "softmax_lift" and graph.top_k <= MAX_TOP_K
+
+
+def _scanning(settings: RetroInferConfig) -> tuple[str, RetroInferConfig]:
+    return "flat", settings.model_copy(update={"flat": settings.flat.model_copy(update={"on_gpu": True})})
+
+
 def check_fits(builds: Sequence[tuple[str, RetroInferConfig]], shape: RunShape) -> None:
     """Raises ValueError where the caches of these strategies and settings will not fit the memory that is available;
     see memory.check_memory. Also for an unknown strategy."""
@@ -49,6 +84,7 @@ def _class_of(strategy: str, settings: RetroInferConfig) -> type[KV_Cache]:
 
 
 __all__ = [
+    "AUTO",
     "STRATEGIES",
     "AttentionAwareGraphCache",
     "CacheStats",
@@ -59,6 +95,8 @@ __all__ = [
     "KV_Cache",
     "RunShape",
     "WaveIndexCache",
+    "build_key",
     "check_fits",
     "make_cache",
+    "settle",
 ]

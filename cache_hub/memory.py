@@ -130,6 +130,12 @@ def prompt_state_bytes(shape: RunShape) -> tuple[int, int]:
     return while_built * shape.dtype.itemsize, in_mlp * shape.dtype.itemsize
 
 
+def fits(builds: Sequence[Build], shape: RunShape) -> bool:
+    """Whether what `required_bytes` counts is available."""
+    peaks = required_bytes(builds, shape)
+    return all(sum(table.values()) <= available_bytes(device) for device, table in peaks.items())
+
+
 def check_memory(names: str, builds: Sequence[Build], shape: RunShape) -> None:
     """Raises ValueError where less memory is available than `required_bytes`, with what is needed, what there is, and
     the longest prompt that fits. `names`: what the message calls the strategies."""

@@ -96,7 +96,7 @@ def read_config(model_name: str) -> dict[str, Any]:
     """The content of a model's file (see load_config), of which only the outline is checked: a "RetroInfer" object."""
     path = CONFIG_DIR / f"{Path(model_name).name}.json"
     if not path.is_file():
-        return {"RetroInfer": {"retrieval_strategy": "attention_aware_graph"}}
+        return {"RetroInfer": {"retrieval_strategy": "auto"}}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

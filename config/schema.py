@@ -9,10 +9,10 @@ from pydantic_core import PydanticCustomError
 
 from config.section import ConfigError, Section
 
-RetrievalStrategy = Literal["full", "flat", "attention_aware_graph", "wave_index", "ivf", "hnsw"]
+RetrievalStrategy = Literal["full", "flat", "attention_aware_graph", "wave_index", "ivf", "hnsw", "auto"]
 RETRIEVAL_STRATEGIES: tuple[str, ...] = get_args(RetrievalStrategy)
 # Those that retrieve tokens by an index, and can estimate the rest.
-ESTIMATING = ("flat", "attention_aware_graph", "ivf", "hnsw")
+ESTIMATING = ("flat", "attention_aware_graph", "ivf", "hnsw", "auto")
 Estimation = Literal["none", "centroid", "softmax_lift"]
 ESTIMATIONS: tuple[str, ...] = get_args(Estimation)
 ATTENTION_TYPES: tuple[str, ...] = ("Full_Flash_Attn", "RetroInfer")
@@ -246,7 +246,8 @@ class RetroInferConfig(Section):
     retrieval_strategy: RetrievalStrategy = Field(
         default="wave_index",
         description="which tokens a decoding query attends to. wave_index, RetroInfer's own method, is what its files "
-        "mean, which have no such key",
+        "mean, which have no such key. auto: beside GPUs flat with flat.on_gpu, where its keys in 8 bits fit their "
+        "memory, as no search was faster there; else attention_aware_graph",
     )
     attention_aware_graph: GraphConfig = Field(
         default=GraphConfig(), description="knobs of the strategy of the same name"

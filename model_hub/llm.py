@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attn_hub import full_prefill_attn
-from cache_hub import KV_Cache, RunShape, check_fits, make_cache
+from cache_hub import AUTO, KV_Cache, RunShape, check_fits, make_cache, settle
 from config import RetroInferConfig, resolve_strategy
 from model_hub.decode_graphs import graphs_of
 from model_hub.inputs import check_room, valid_lengths
@@ -134,6 +134,13 @@ class LLM:
         )
         return [until_stop(sequence, stop_ids) for sequence in tokens]
 
+    def settle(
+        self, strategy: str, settings: RetroInferConfig, lengths: list[int], max_new_length: int, prefill_bsz: int = 1
+    ) -> tuple[str, RetroInferConfig]:
+        """What "auto" is for prompts of these lengths and the memory that is available now; other strategies as they
+        are. See cache_hub.settle."""
+        return settle([(strategy, settings)], self._shape(lengths, max_new_length, prefill_bsz))[0]
+
     def init_cache(
         self,
         strategy: str,
@@ -156,7 +163,8 @@ class LLM:
         diagnose: bool = False,
         from_files: bool = False,
     ) -> list[KV_Cache]:
-        """Empty caches of strategies and their settings, which one `prefill` of prompts of these lengths will fill.
+        """Empty caches of strategies and their settings, which one `prefill` of prompts of these lengths will fill; of
+        "auto" as `settle` says, which stats.notes tells.
 
         Raises ValueError where `check_memory` does; from_files: only when the prompts do not fit `max_length`, since a
         saved prefix is not built, and its files need not be in memory.
@@ -178,9 +186,12 @@ class LLM:
             "max_new_length": max_new_length,
             "diagnose": diagnose,
         }
-        caches = [make_cache(strategy, settings, **common) for strategy, settings in builds]
-        for cache, (_, settings) in zip(caches, builds, strict=True):
+        settled = settle(builds, self._shape(lengths, max_new_length, prefill_bsz))
+        caches = [make_cache(strategy, settings, **common) for strategy, settings in settled]
+        for cache, (asked, settings), (strategy, _) in zip(caches, builds, settled, strict=True):
             cache.use_cuda_graph = settings.use_cuda_graph
+            if asked == AUTO:
+                cache.stats.note(f"auto is {strategy} here{', scanned on the GPU' if strategy == 'flat' else ''}")
         return caches
 
     def check_memory(
@@ -193,10 +204,14 @@ class LLM:
         """Raises ValueError when such prompts do not fit `max_length`, and when caches of these strategies and settings
         will not fit, together, the memory that is available now; see `check_fits`."""
         check_room(lengths, max_new_length, self.max_length, self.spec.window)
+        shape = self._shape(lengths, max_new_length, prefill_bsz)
+        check_fits(settle(builds, shape), shape)
+
+    def _shape(self, lengths: list[int], max_new_length: int, prefill_bsz: int) -> RunShape:
         sizes = (self.spec.num_heads, self.spec.num_key_value_heads, self.spec.head_dim, self.spec.hidden_size)
         devices, group = tuple(layer.device for layer in self.layers), _group_size(lengths, prefill_bsz)
         mlp = {"mlp_size": self.layers[0].down.weight.shape[1], "chunk": self.mlp_chunk}
-        check_fits(builds, RunShape(tuple(lengths), max_new_length, *sizes, self.dtype, devices, group, **mlp))
+        return RunShape(tuple(lengths), max_new_length, *sizes, self.dtype, devices, group, **mlp)
 
     @torch.inference_mode()
     def prefill(

@@ -104,7 +104,7 @@ def test_main_prints_both_answers_and_writes_the_record(
     assert re.search(r"right +yes +yes", printed)
     written = json.loads(out.read_text())
     assert written.keys() == {"config", "environment", "results"}
-    assert written["config"]["RetroInfer"]["retrieval_strategy"] == "attention_aware_graph"
+    assert written["config"]["RetroInfer"]["retrieval_strategy"] == "auto"
     assert list(written["results"]) == ["full", "attention_aware_graph"]
     assert all(result.keys() >= RECORD for result in written["results"].values())
     assert all(len(result["answer"]) == 2 for result in written["results"].values())

@@ -29,8 +29,9 @@ from typing import Any
 
 import torch
 
+from cache_hub import AUTO
 from cache_hub.retroinfer_cache import WaveIndexCache
-from config import RetroInferConfig, add_config_args, config_from_args
+from config import ConfigError, RetroInferConfig, add_config_args, config_from_args
 from model_hub.loading import DTYPES
 
 from ..command import exit_status
@@ -183,6 +184,8 @@ def plan(args: argparse.Namespace, length: int) -> list[list[Variant]]:
     update = {"attention_aware_graph": graph, "use_cuda_graph": args.dense}
     settings = settings.model_copy(update=update)
     names = args.strategies.split(",")
+    if AUTO in {name.partition("+")[0] for name in names}:
+        raise ConfigError(f"strategies: got {args.strategies!r}, allowed: what is compared, not {AUTO!r}")
     there = [name.removesuffix(ON_GPU) for name in names if name.endswith(ON_GPU)]
     builds = shared_builds([name for name in names if not name.endswith(ON_GPU)], settings)
     scans = shared_builds(

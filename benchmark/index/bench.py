@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cache_hub import STRATEGIES
+from cache_hub import build_key
 from config import RetroInferConfig
 
 from ..results import environment
@@ -35,7 +35,7 @@ class _Row:
     def build_key(self) -> str:
         """Equal for rows that one filled cache can serve."""
         strategy = self.configuration.strategy
-        return f"{strategy} {STRATEGIES[strategy].build_key(self.settings)}"
+        return build_key(strategy, self.settings)
 
 
 class Bench:

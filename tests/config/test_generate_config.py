@@ -223,7 +223,7 @@ def test_unknown_attention_type() -> None:
 
 
 def test_retrieval_strategy_argument() -> None:
-    assert section()["retrieval_strategy"] == "attention_aware_graph"
+    assert section()["retrieval_strategy"] == "auto"
     assert section(retrieval_strategy="flat")["retrieval_strategy"] == "flat"
     expected = "RetroInfer.retrieval_strategy: got 'annoy', allowed: 'full', 'flat', 'attention_aware_graph', "
     assert error_of(retrieval_strategy="annoy").startswith(expected)
@@ -265,7 +265,7 @@ def test_strategy_beside_an_attention_type_that_runs_another(given: dict[str, An
 
 
 def test_attention_type_alone_may_differ_from_the_file() -> None:
-    assert section(8192, "flat")["retrieval_strategy"] == "attention_aware_graph"
+    assert section(8192, "flat")["retrieval_strategy"] == "auto"
 
 
 def test_calls_do_not_share_state() -> None:

@@ -31,7 +31,7 @@ def test_shipped_file_is_complete_and_states_the_defaults(model: str) -> None:
     # SmolLM2 runs in float32 on a CPU as well as in bfloat16 on a GPU: neither should copy its keys.
     graph = GraphConfig(index_dtype="auto") if "SmolLM2" in model else GraphConfig()
     expected = RetroInferConfig(
-        retrieval_strategy="attention_aware_graph",
+        retrieval_strategy="auto",
         buffer_cluster_num=200 if "DeepSeek" in model else 32,
         attention_aware_graph=graph,
     )
@@ -46,7 +46,7 @@ def test_a_file_for_every_shipped_model_and_no_other() -> None:
 
 @pytest.mark.parametrize("name", ["org/unheard-of", "unheard-of", "folder/unheard-of.gguf"])
 def test_model_without_a_file_gets_the_defaults(name: str) -> None:
-    expected = RetroInferConfig(retrieval_strategy="attention_aware_graph").model_dump()
+    expected = RetroInferConfig(retrieval_strategy="auto").model_dump()
     assert load_config(name) == {"RetroInfer": expected}
 
 
