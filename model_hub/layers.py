@@ -51,6 +51,15 @@ class DecoderLayer:
         both = rotate(states[:, :, : -spec.num_key_value_heads], cos, sin)
         return both[:, :, : spec.num_heads], both[:, :, spec.num_heads :], value
 
+    def predict_query(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """hidden [b, L, d] that enters the layer before this one -> about the rotated queries [b, L, H, D] that `project`
+        will give, since a layer adds little to what runs through it. Source: InfiniGen (arXiv 2406.19707)."""
+        spec, rows = self.spec, self.spec.num_heads * self.spec.head_dim
+        weight, bias = (None if states is None else states[:rows] for states in self.qkv)
+        assert weight is not None
+        query = F.linear(self._norm(hidden, self.input_norm), weight, bias).unflatten(-1, (-1, spec.head_dim))
+        return rotate(query if self.q_norm is None else self._norm(query, self.q_norm), cos, sin)
+
     def project_prompt(self, hidden: Tensor, cos: Tensor, sin: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
         """As `project`, on `chunk` tokens at a time: of all tokens no states are held but hidden and the result."""
         spec, (batch, length, _) = self.spec, hidden.shape

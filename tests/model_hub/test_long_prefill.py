@@ -33,6 +33,15 @@ def test_projections_in_chunks(name: str, chunk: int, tiny_folder: Any) -> None:
         assert relative_error(got, expected) < 1e-6
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_predicted_query_of_what_enters_the_layer_is_its_query(name: str, tiny_folder: Any) -> None:
+    llm = load_model(str(tiny_folder(name)), 512, "fp32", "cpu")
+    hidden = torch.randn(2, 3, llm.spec.hidden_size, generator=torch.Generator().manual_seed(4))
+    cos, sin = llm.cos_sin(torch.arange(3)[None])
+    for layer in llm.layers:
+        assert relative_error(layer.predict_query(hidden, cos, sin), layer.project(hidden, cos, sin)[0]) < 1e-6
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 @pytest.mark.parametrize("strategy", ["full", "attention_aware_graph"])
 def test_a_prefill_in_chunks(strategy: str, chunk: int, tiny_folder: Any) -> None:
