@@ -10,7 +10,7 @@ from cache_run import LAYERS, Run, relative_error
 
 from cache_hub import growing_layers, make_cache
 from cache_hub.growing_layers import GrowingLayers
-from cache_hub.index import make_index
+from cache_hub.index import AttentionAwareGraphIndex, FlatIndex, make_index
 from cache_hub.prefix import Manifest, fill_cache, read_manifest, write_prefix
 from config import ESTIMATIONS, RetroInferConfig
 
@@ -37,6 +37,16 @@ def assert_same_work(ours: Any, theirs: Any) -> None:
     for sums in ("recall", "mass", "scored"):
         pair = (getattr(cache.stats.agreement, sums) for cache in (ours, theirs))
         torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
+
+
+def assert_copies(cache: Any) -> None:
+    """Of all keys indexed; and the indexes that refer to keys refer to them."""
+    for layer, groups in enumerate(cache._groups):
+        for group in groups:
+            copy, stored = (group.tokens(keys[layer]) for keys in (cache._key_copies, cache._keys))
+            assert torch.equal(copy, stored.cpu())
+            if isinstance(group.index, (FlatIndex, AttentionAwareGraphIndex)):
+                assert group.index.keys.data_ptr() == copy.data_ptr()
 
 
 @pytest.fixture
@@ -70,19 +80,12 @@ def test_what_searches_a_copy_of_the_keys_finds_the_same(
     ours, theirs = (
         filled(strategy, run, gpu_only, False, together, estimation=estimation) for gpu_only in (True, False)
     )
+    assert_copies(ours)
     assert torch.equal(run.decode(ours), run.decode(theirs))
     assert_same_work(ours, theirs)
-    copies = 0
-    for layer, groups in enumerate(ours._groups):
-        copy, store = ours._key_copies[layer], ours._keys[layer]
-        assert copy.shape == store.shape
-        copies += copy.nbytes
-        for group in groups:
-            assert group.stop > run.lengths[group.start] - 16, "it grew"
-            assert torch.equal(group.tokens(copy), group.tokens(store))
-            if strategy in ("flat", "attention_aware_graph"):
-                assert group.index.keys.data_ptr() == group.tokens(copy).data_ptr()
-    assert ours.index_bytes == theirs.index_bytes + copies
+    assert all(group.stop > run.lengths[group.start] - 16 for groups in ours._groups for group in groups), "they grew"
+    assert_copies(ours)
+    assert ours.index_bytes == theirs.index_bytes + sum(copy.nbytes for copy in ours._key_copies.values())
     assert ours.kv_bytes == theirs.kv_bytes
 
 
@@ -167,9 +170,8 @@ def test_a_store_on_the_gpu_gives_what_one_in_pinned_memory_does(
             for group in groups:
                 given = keys[layer, group.start, run.pads[group.start] :].transpose(0, 1)
                 assert torch.equal(store[group.start, :, : group.stop], given[:, : group.stop])
-        if not on_gpu:
-            copy = ours._key_copies[layer]
-            assert all(torch.equal(group.tokens(copy), group.tokens(ours._keys[layer]).cpu()) for group in groups)
+    if not on_gpu:
+        assert_copies(ours)
     copies = sum(copy.nbytes for copy in ours._key_copies.values())
     assert (copies == 0) == on_gpu
     assert ours.index_bytes == theirs.index_bytes + copies
