@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,24 +21,37 @@ class GrowingLayers(SavedLayers):
     from the static zone into store, index and tail, a batch of `insert_batch` at a time.
     """
 
+    searches_on_host: ClassVar[bool] = True
+    gpu_only: bool
     min_indexed: int
     _searches: dict[int, LayerSearch]
     _latest: list[LatestQueries]
 
+    @classmethod
+    def copies_keys(cls, gpu_only: bool, device: torch.device) -> bool:
+        """Whether a layer there has its keys in CPU memory too, for what searches there."""
+        return cls.searches_on_host and gpu_only and device.type == "cuda"
+
     def _allocate(self) -> None:
-        """Stores for prompt and indexed tokens in CPU memory, pinned beside a GPU, zones where the layers compute.
+        """Stores for prompt and indexed tokens in CPU memory, pinned beside a GPU, or with `gpu_only` where the layers
+        compute, as the zones are.
 
         A layer's keys and values [B, Hkv, L, D] are views of one store [B, Hkv, L, 2, D]: those of a token lie side by
-        side, one piece of memory for what gathers them.
+        side, one piece of memory for what gathers them. Copies of keys are [B, Hkv, L, D].
         """
         prompt, batch = self.max_length - self.max_new_length, self.insert_batch
         ends = self.sinks + self.window + self.min_indexed
         static, grown = static_and_grown(prompt, self.max_new_length, ends, self.window, batch)
         rows = (self.batch_size, self.kv_head)
-        self._keys, self._values, self._zones = [], [], []
-        for device in self.devices:
+        self._keys, self._values, self._zones, self._key_copies = [], [], [], {}
+        for layer_idx, device in enumerate(self.devices):
             shape = (*rows, prompt + grown, 2, self.head_dim)
-            store = pinned_empty(shape, self.dtype) if device.type == "cuda" else torch.empty(shape, dtype=self.dtype)
+            if self.gpu_only or device.type == "cpu":
+                store = torch.empty(shape, dtype=self.dtype, device=device)
+            else:
+                store = pinned_empty(shape, self.dtype)
+            if self.copies_keys(self.gpu_only, device):
+                self._key_copies[layer_idx] = pinned_empty((*shape[:3], self.head_dim), self.dtype)
             self._keys.append(store[..., 0, :])
             self._values.append(store[..., 1, :])
             self._zones.append(StaticZone(*rows, static, self.head_dim, self.dtype, device))
@@ -51,18 +65,23 @@ class GrowingLayers(SavedLayers):
     def _put(
         self, layer_idx: int, sequences: slice, tokens: slice, keys: Tensor, values: Tensor
     ) -> torch.cuda.Event | None:
-        """Stores keys and values [b, Hkv, T, D] of the sequences' `tokens`; those of a GPU are there once the event
-        has happened."""
+        """Stores keys and values [b, Hkv, T, D] of the sequences' `tokens`; what goes from a GPU to CPU memory is there
+        once the event has happened."""
         own_keys, own_values = (stores[layer_idx][sequences, :, tokens] for stores in (self._keys, self._values))
-        if not keys.is_cuda:
+        there = own_keys.device == keys.device
+        if there:
             own_keys.copy_(keys)
             own_values.copy_(values)
-            return None
-        pairs = own_keys.as_strided((*keys.shape[:3], 2, keys.shape[3]), (*own_keys.stride()[:3], keys.shape[3], 1))
+            if layer_idx not in self._key_copies:
+                return None
+            host = self._key_copies[layer_idx][sequences, :, tokens]
+        else:
+            host = own_keys.as_strided((*keys.shape[:3], 2, keys.shape[3]), (*own_keys.stride()[:3], keys.shape[3], 1))
         with copying(keys.device, keys, values) as done:
             for b, head in product(range(len(keys)), range(self.kv_head)):
                 # Contiguous on both sides: torch takes other layouts through pageable memory.
-                pairs[b, head].copy_(torch.stack((keys[b, head], values[b, head]), 1), non_blocking=True)
+                rows = keys[b, head].contiguous() if there else torch.stack((keys[b, head], values[b, head]), 1)
+                host[b, head].copy_(rows, non_blocking=True)
         return done
 
     @property
@@ -101,7 +120,8 @@ class GrowingLayers(SavedLayers):
                 put = self._put(layer_idx, group.sequences, slice(group.stop, group.stop + batch), keys, values)
                 if put is not None:
                     put.synchronize()
-                group.insert(self._keys[layer_idx], batch, queries, self.prompt_lengths[group.start] + step - batch)
+                asked_from = self.prompt_lengths[group.start] + step - batch
+                group.insert(self._searched_keys(layer_idx), batch, queries, asked_from)
                 if self._tails:
                     moment = query_moment(group.by_row(queries, self.kv_head))
                     self._tails[layer_idx].add(group.sequences, keys, values, moment)

@@ -37,7 +37,8 @@ _LAYERS_BUILT = 2
 
 
 class TokenIndexCache(RetrievingLayers):
-    """Keys and values of the prompt in CPU memory (pinned beside a GPU), static tokens where the layer computes.
+    """Keys and values of the prompt in CPU memory (pinned beside a GPU), static tokens where the layer computes; with
+    `gpu_only` all of these, and beside a GPU a copy of the keys in CPU memory, for the index, whose bytes it counts as.
 
     Static: the first `static_pattern_start` tokens, the last `static_pattern_end` of the prompt and generated ones.
     Between them lie the indexed tokens: per query head the index finds top_k, and the g query heads of a kv head attend
@@ -68,6 +69,7 @@ class TokenIndexCache(RetrievingLayers):
         estimation: str = "none",
         estimation_budget: float = 1.0,
         insert_batch: int = 512,
+        gpu_only: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(max_new_length=max_new_length, **common)
@@ -81,7 +83,7 @@ class TokenIndexCache(RetrievingLayers):
         if insert_batch < 0:
             raise ValueError(f"insert_batch: got {insert_batch}, allowed: >= 0")
         self.insert_batch = inserted_at_once(insert_batch, max_new_length)
-        self.estimation, self.estimation_budget = estimation, estimation_budget
+        self.estimation, self.estimation_budget, self.gpu_only = estimation, estimation_budget, gpu_only
         self.sinks, self.window = static_pattern_start, static_pattern_end
         self.top_k, self.min_indexed, self.warm_start = top_k, min_indexed, warm_start
         # Without a GPU the main thread computes too: torch's own thread count is the right one then.
@@ -110,6 +112,7 @@ class TokenIndexCache(RetrievingLayers):
             "estimation": settings.attention_aware_graph.estimation,
             "estimation_budget": settings.attention_aware_graph.estimation_budget,
             "insert_batch": settings.attention_aware_graph.insert_batch,
+            "gpu_only": settings.gpu_only,
         }
 
     @classmethod
@@ -128,10 +131,13 @@ class TokenIndexCache(RetrievingLayers):
         sinks, window, lifted = o["static_pattern_start"], o["static_pattern_end"], o["estimation"] == "softmax_lift"
         batch = inserted_at_once(o["insert_batch"], new)
         static, grown = static_and_grown(shape.longest, new, sinks + window + min_indexed, window, batch)
+        store = shape.store_bytes(grown, device)
         needs = [
-            Need(CPU, "keys and values", shape.store_bytes(grown, device, pinned=device.type == "cuda")),
+            Need(device if o["gpu_only"] else CPU, "keys and values", store),
             Need(device, "static tokens", 2 * shape.batch * static * shape.row_bytes),
         ]
+        if cls.copies_keys(o["gpu_only"], device):
+            needs.append(Need(CPU, "keys to search", store // 2))
         middles = [max(length - sinks - window, 0) for length in shape.lengths]
         if max(middles) <= min_indexed:
             return needs
@@ -236,7 +242,7 @@ class TokenIndexCache(RetrievingLayers):
         index = self.new_index()
         lift = SoftmaxLift(index, self.kv_head, seed=layer_idx) if self.estimation == "softmax_lift" else None
         sequences, tokens = slice(start_bdx, start_bdx + count), slice(indexed.start, indexed.stop)
-        stored = self._keys[layer_idx][sequences, :, tokens].flatten(0, 1)
+        stored = self._searched_keys(layer_idx)[sequences, :, tokens].flatten(0, 1)
         queries = queries.reshape(rows, self.group_size, length, self.head_dim)
         keys, values = (states[:, tokens].transpose(1, 2) for states in (k, v))
         copied = self._copied.get(k.device)
@@ -311,7 +317,8 @@ class TokenIndexCache(RetrievingLayers):
     def index_bytes(self) -> int:
         indexes = sum((group.lift or group.index).nbytes for groups in self._groups for group in groups)
         tails = self._tails if self.estimation == "centroid" else []
-        return indexes + sum(tail.nbytes for tail in tails)
+        copies = sum(keys.nbytes for keys in self._key_copies.values())
+        return indexes + sum(tail.nbytes for tail in tails) + copies
 
 
 def _finish_build(copied: torch.cuda.Event, rest: Callable[[], None]) -> None:

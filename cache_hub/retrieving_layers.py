@@ -117,18 +117,22 @@ class RetrievingLayers(GrowingLayers):
         stats.scored += scored
         stats.scored_bytes += groups[0].index.scored_bytes(scored, queries, self.top_k)
         stats.attended += attended
-        stats.bytes_moved += 2 * attended * self.head_dim * self.dtype.itemsize
+        stats.bytes_moved += attended * self._moved_bytes(layer_idx)
         if tail is not None:
             stats.estimated += tail.attended
             if self.estimation_budget < 1:
                 self._count_centroids(sum(tail.clusters))
+
+    def _moved_bytes(self, layer_idx: int) -> int:
+        """Of key and value of a token that is gathered, those that come from CPU memory."""
+        return 0 if self._keys[layer_idx].is_cuda else 2 * self.head_dim * self.dtype.itemsize
 
     def _compare(self, queries: Tensor, found: list[Found], layer_idx: int, agreement: Agreement) -> None:
         """Adds recall and attention mass of one step for queries [B * Hkv, g, D], by an exact scan of every group's
         keys."""
         for group, result in zip(self._groups[layer_idx], found, strict=True):
             sequences = group.sequences
-            keys = group.tokens(self._keys[layer_idx]).flatten(0, 1)
+            keys = group.tokens(self._searched_keys(layer_idx)).flatten(0, 1).cpu()
             zone = self._zones[layer_idx]
             static_keys = zone.keys[sequences, :, : zone.counts[group.start]].flatten(0, 1).cpu()
             tables = agreement_with_exact(queries[group.rows(self.kv_head)], keys, static_keys, result.ids, self.top_k)

@@ -37,6 +37,7 @@ class SavedLayers(StagedCache):
     insert_batch: int
     _keys: list[Tensor]
     _values: list[Tensor]
+    _key_copies: dict[int, Tensor]
     _zones: list[StaticZone]
     _groups: list[list[IndexedSequences]]
     _tails: list[CentroidTail]
@@ -58,6 +59,10 @@ class SavedLayers(StagedCache):
         self, layer_idx: int, start_bdx: int, count: int, index: TokenIndex, lift: SoftmaxLift | None, moment: Tensor
     ) -> None:
         """Takes the built index of `count` sequences from start_bdx on; see IndexedSequences."""
+
+    def _searched_keys(self, layer_idx: int) -> Tensor:
+        """The layer's keys [B, Hkv, L, D] as its indexes refer to them: the copy in CPU memory, where there is one."""
+        return self._key_copies.get(layer_idx, self._keys[layer_idx])
 
     @classmethod
     def built_settings(cls, settings: RetroInferConfig) -> dict[str, Any]:
@@ -84,8 +89,8 @@ class SavedLayers(StagedCache):
 
     def restore_layer(self, layer_idx: int, tensors: dict[str, Tensor], index_path: Path | None) -> None:
         """See KV_Cache.restore_layer; layers in order. Keys and values stay in the file, but beside a GPU they are
-        copied to pinned memory, which it can read. What is mapped has no room behind it: generated tokens stay static,
-        as with insert_batch 0."""
+        copied to pinned memory, which it can read, or to its own; then keys stay for what searches in CPU memory. What
+        is mapped has no room behind it: generated tokens stay static, as with insert_batch 0."""
         self.insert_batch = 0
         length, device = self.prompt_lengths[0], self.devices[layer_idx]
         indexed, shape = self.indexed_range(length), (1, self.kv_head, length, self.head_dim)
@@ -94,11 +99,13 @@ class SavedLayers(StagedCache):
             prompt_store[layer_idx] = (
                 prompt_store[layer_idx][:, :, :length].copy_(states) if device.type == "cuda" else states
             )
+            if name == "keys" and layer_idx in self._key_copies:
+                self._key_copies[layer_idx] = states
         keys, values = self._keys[layer_idx], self._values[layer_idx]
         if indexed:
             if index_path is None:
                 raise ValueError(f"index: missing, allowed: one over {len(indexed)} tokens")
-            between = keys[:, :, indexed.start : indexed.stop].flatten(0, 1)
+            between = self._searched_keys(layer_idx)[:, :, indexed.start : indexed.stop].flatten(0, 1)
             self._restore_index(layer_idx, between, tensors, index_path)
             keys, values = (sinks_and_window(states, self.sinks, self.window) for states in (keys, values))
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,11 +41,14 @@ class _Scanned:
 class ScannedFlatCache(FlatCache):
     """FlatCache that finds the top_k on the layer's GPU, over a copy of the keys in 8 bits there (DeviceKeys).
 
-    Keys and values lie in pinned CPU memory as ever, where attention gathers what was found. Which tokens those are
-    never leaves the GPU: `needs_host` is False, so that a whole decode step can be one CUDA graph. The copy is made of
-    the prompt's states, or of a restored store, and grows with the index; beside it lie each token's cluster and, where
-    generated tokens enter the index, the queries of the latest `insert_batch` steps.
+    Keys and values lie in pinned CPU memory as ever, or with `gpu_only` on the GPU alone, where attention gathers what
+    was found. Which tokens those are never leaves the GPU: `needs_host` is False, so that a whole decode step can be
+    one CUDA graph. The copy is made of the prompt's states, or of a restored store, and grows with the index; beside it
+    lie each token's cluster and, where generated tokens enter the index, the queries of the latest `insert_batch`
+    steps.
     """
+
+    searches_on_host: ClassVar[bool] = False
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -230,8 +233,7 @@ class ScannedFlatCache(FlatCache):
     def _count_anew(self) -> None:
         """Goes on with statistics of which the devices count what they find."""
         totals = {field.name: getattr(self.stats, field.name) for field in fields(CacheStats)}
-        row_bytes = 2 * self.head_dim * self.dtype.itemsize
-        self.stats = DeviceCountedStats(self._counters, row_bytes, **totals)
+        self.stats = DeviceCountedStats(self._counters, self._moved_bytes(0), **totals)
 
     @property
     def index_bytes(self) -> int:

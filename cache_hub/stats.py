@@ -98,8 +98,8 @@ class DeviceCountedStats(CacheStats):
     """CacheStats whose tokens attended to are partly counted by devices: what they counted is waited for when
     `attended` or `bytes_moved` is asked for.
 
-    counters: tensors whose sum are tokens that were read from CPU memory, row_bytes each. known_attended, known_moved:
-    the rest, to which the host adds without a wait.
+    counters: tensors whose sum are tokens, of each of which row_bytes were read from CPU memory. known_attended,
+    known_moved: the rest, to which the host adds without a wait.
     """
 
     def __init__(self, counters: list[Tensor], row_bytes: int, **totals: Any) -> None:

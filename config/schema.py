@@ -199,9 +199,10 @@ class HNSWConfig(Section):
 class RetroInferConfig(Section):
     """Section `RetroInfer`: RetroInfer's keys with the values of its files, the strategy, and the strategy's section.
 
-    The wave index reads pages_per_cluster, the budgets, cache_ratio and gpu_only. Of its other keys, n_centroids and
-    n_segment are what its rule gives for one context length, while it follows the length of each prompt;
-    buffer_cluster_num is carried and checked, but read by no strategy. use_cuda_graph is for all but the wave index.
+    The wave index reads pages_per_cluster, the budgets and cache_ratio. Of its other keys, n_centroids and n_segment
+    are what its rule gives for one context length, while it follows the length of each prompt; buffer_cluster_num is
+    carried and checked, but read by no strategy. use_cuda_graph is for all but the wave index, gpu_only for all but
+    full attention, which always is.
     """
 
     static_pattern_start: int = Field(
@@ -242,7 +243,10 @@ class RetroInferConfig(Section):
     )
     buffer_cluster_num: int = Field(default=32, ge=1, description="clusters that the execution buffer holds at least")
     use_cuda_graph: bool = Field(default=False, description="replay decode steps as CUDA graphs, on a GPU")
-    gpu_only: bool = Field(default=False, description="keep the whole KV store on the GPU")
+    gpu_only: bool = Field(
+        default=False,
+        description="keep all keys and values on the GPU; what searches on the CPU has a copy of the keys there",
+    )
     retrieval_strategy: RetrievalStrategy = Field(
         default="wave_index",
         description="which tokens a decoding query attends to. wave_index, RetroInfer's own method, is what its files "

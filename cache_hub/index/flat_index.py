@@ -11,7 +11,10 @@ from .key_store import as_key_store, stored_key_bytes
 
 
 class FlatIndex(TokenIndex):
-    """Scores every key, in CPU memory, in float32; adds no bytes to the store. knn.exact_topk is the same in torch."""
+    """Scores every key, in CPU memory, in float32; adds no bytes to the store. knn.exact_topk is the same in torch.
+
+    Keys elsewhere can be built over, saved and restored, but not searched: for who finds them there without an index.
+    """
 
     strategy = "flat"
 
@@ -25,7 +28,6 @@ class FlatIndex(TokenIndex):
         """See TokenIndex.build; the queries are not used."""
         check_build(keys, queries, positions, extra)
         self.keys, self.extra = keys, extra
-        self._store = as_key_store(keys, extra)
 
     def state(self) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         """See TokenIndex.state: nothing, what matters is that the keys are those."""
@@ -44,7 +46,6 @@ class FlatIndex(TokenIndex):
     ) -> None:
         """See TokenIndex.insert; the queries are not used."""
         check_insert(keys, self.keys.shape, self.extra is not None, queries, positions, extra)
-        self._store = as_key_store(keys, extra)
         self.keys, self.extra = keys, extra
 
     def search(self, queries: Tensor, k: int, near: Tensor | None = None) -> SearchResult:
@@ -55,7 +56,8 @@ class FlatIndex(TokenIndex):
         asked = asked_vectors(queries, self.extra is not None)
         ids = torch.full((rows, group, k), -1, dtype=torch.int32)
         scores = torch.full((rows, group, k), float("-inf"))
-        _native.scan(self._store, asked.data_ptr(), group, k, self.num_threads, ids.data_ptr(), scores.data_ptr())
+        store = as_key_store(self.keys, self.extra)
+        _native.scan(store, asked.data_ptr(), group, k, self.num_threads, ids.data_ptr(), scores.data_ptr())
         return SearchResult(ids, scores, torch.full((rows, group), n, dtype=torch.int64))
 
     def expected_bytes(self, rows: int, keys: int, dim: int, dtype: torch.dtype, lifted: bool = False) -> int:

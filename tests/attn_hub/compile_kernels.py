@@ -98,6 +98,7 @@ if __name__ == "__main__":
     compile_attend(90, "*bf16", 64, 80, {"ids": "*i32", "log_weights": "*fp32"})
     compile_attend(90, "*fp32", 32, 128, {"ids": "*i64"})
     compile_attend(90, "*bf16", 16, 128, {"ids": "*i32", "stand_ins": "*bf16", "stand_in_ids": "*i32"})
+    compile_attend(90, "*fp32", 32, 128, {"ids": "*i32", "stand_ins": "*fp32", "stand_in_ids": "*i32"})
     merge_types = {"partial_out": "*fp32", "partial_sum": "*fp32", "partial_max": "*fp32", "out": "*bf16"}
     compile_kernel(merge_splits_kernel, 80, merge_types, {"HEAD_DIM": 80, "BLOCK_S": 32, "BLOCK_D": 128})
     copy_types = {"source": "*bf16", "target": "*bf16", "source_ids": "*i64", "target_ids": "*i64"}

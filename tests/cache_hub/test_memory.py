@@ -152,6 +152,39 @@ def test_where_things_are_beside_a_gpu() -> None:
     assert members.keys() == {"keys and values"}
 
 
+@pytest.mark.parametrize("name", ["flat+none", "attention_aware_graph+centroid", "ivf+none", "hnsw+none"])
+def test_a_store_on_the_gpu_is_counted_there_and_its_keys_in_cpu_memory_too(name: str) -> None:
+    shape = llama(1 << 17, batch=2, device=CUDA)
+    pinned, there = (needs(name, shape, gpu_only=gpu_only) for gpu_only in (False, True))
+    store = pinned[CPU].pop("keys and values")
+    assert store == 2 * 32 * 2 << 28
+    assert there[CUDA].pop("keys and values") == store
+    assert there[CPU].pop("keys to search") == store // 2
+    assert there == pinned
+    here = llama(1 << 17, batch=2)
+    assert needs(name, here, gpu_only=True) == needs(name, here)
+
+
+def test_a_scan_on_the_gpu_needs_no_keys_in_cpu_memory() -> None:
+    pytest.importorskip("triton")
+    from cache_hub.scanned_cache import ScannedFlatCache
+
+    knobs = RetroInferConfig(gpu_only=True, flat={"on_gpu": True}, attention_aware_graph={"estimation": "none"})
+    table = required_bytes([(ScannedFlatCache, knobs)], llama(1 << 17, device=CUDA))
+    assert table[CUDA]["keys and values"] == 32 * 2 << 28
+    assert not sum(table[CPU].values())
+
+
+def test_a_gpu_too_small_for_the_store_is_named(monkeypatch) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 80e9 if device == CUDA else 1e12)
+    settings = RetroInferConfig(gpu_only=True)
+    check_fits([("flat", settings)], llama(1 << 18, device=CUDA))
+    message = r"flat with .*: needs 90\.7 GB of GPU \(cuda:0\) memory \(keys and values 68\.7 GB, .*\), 80\.0 GB are av"
+    with pytest.raises(ValueError, match=message):
+        check_fits([("flat", settings)], llama(1 << 19, device=CUDA))
+    check_fits([("flat", RetroInferConfig())], llama(1 << 19, device=CUDA))
+
+
 def test_layers_of_two_gpus_are_counted_where_they_are() -> None:
     both = RunShape((1000,), 8, **LLAMA, devices=(CUDA, CUDA, torch.device("cuda:1")))
     table = needs("full", both)
@@ -243,18 +276,21 @@ def test_memory_that_torch_holds_without_use_is_available(monkeypatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("gpu_only", [False, True])
 @pytest.mark.parametrize("name", ["full", "flat+none", "wave_index"])
-def test_agrees_with_what_a_gpu_and_pinned_memory_hold(name: str) -> None:
+def test_agrees_with_what_a_gpu_and_pinned_memory_hold(name: str, gpu_only: bool) -> None:
     """Of 2,024 tokens, which is no power of two. On the GPU no less is held than was counted."""
     run = Run([2024], device="cuda:0")
-    strategy, settings = with_estimation(name, RetroInferConfig())
+    strategy, settings = with_estimation(name, RetroInferConfig(gpu_only=gpu_only))
     layers = STRATEGIES[strategy].layer_needs(settings, replace(shape_of(run), devices=(CUDA,) * LAYERS), CUDA)
-    pinned = sum(need.nbytes for need in layers if need.device == CPU and need.what == "keys and values") * LAYERS
+    stored = ("keys and values", "keys to search")
+    pinned = sum(need.nbytes for need in layers if need.device == CPU and need.what in stored) * LAYERS
     there = sum(need.nbytes for need in layers if need.device == CUDA and need.when != "build") * LAYERS
     on_gpu = torch.cuda.memory_allocated()
     cache = make_cache(strategy, settings, **run.common())
     indexes = getattr(cache, "_indexes", [])
     stores = [x for index in indexes for x in (index.keys, index.values)] or [*cache._keys, *cache._values]
+    stores += getattr(cache, "_key_copies", {}).values()
     assert sum(store.nbytes for store in stores if store.is_pinned()) == pinned
     run.prefill(cache)
     assert torch.cuda.memory_allocated() - on_gpu >= 0.99 * there

@@ -74,15 +74,22 @@ def test_decoding_goes_on_bit_for_bit(strategy: str, estimation: str, tmp_path: 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("estimation", ESTIMATIONS)
 @pytest.mark.parametrize("strategy", SAVED)
-def test_beside_a_gpu_what_it_reads_is_pinned(strategy: str, estimation: str, tmp_path: Path) -> None:
-    run = Run([TOKENS], dim=64, device="cuda")
-    cache = make_cache(strategy, settings(strategy, estimation), **run.common())
-    run.prefill(cache)
-    write_prefix(tmp_path / "prefix", cache, {}, manifest(strategy))
-    again: Any = loaded(tmp_path / "prefix", run, strategy, estimation)
-    assert torch.allclose(run.decode(again), run.decode(cache), rtol=1e-4, atol=1e-5)
-    if strategy != "full":
-        assert all(store.is_pinned() for store in (*again._keys, *again._values))
+def test_beside_a_gpu_what_it_reads_is_pinned_or_there(strategy: str, estimation: str, tmp_path: Path) -> None:
+    run, made = Run([TOKENS], dim=64, device="cuda"), settings(strategy, estimation)
+    caches: dict[bool, Any] = {}
+    for gpu_only in (False, True):
+        caches[gpu_only] = make_cache(strategy, made.model_copy(update={"gpu_only": gpu_only}), **run.common())
+        run.prefill(caches[gpu_only])
+        write_prefix(tmp_path / str(gpu_only), caches[gpu_only], {}, manifest(strategy))
+    expected = run.decode(caches[False])
+    for saved_with, gpu_only in ((False, False), (False, True), (True, False), (True, True)):
+        again: Any = make_cache(strategy, made.model_copy(update={"gpu_only": gpu_only}), **run.common())
+        fill_cache(again, tmp_path / str(saved_with), read_manifest(tmp_path / str(saved_with)))
+        assert torch.allclose(run.decode(again), expected, rtol=1e-4, atol=1e-5)
+        if strategy != "full":
+            stores = (*again._keys, *again._values)
+            assert all(store.is_cuda if gpu_only else store.is_pinned() for store in stores)
+            assert again.index_bytes == caches[gpu_only].index_bytes
 
 
 @pytest.mark.parametrize("estimation", ESTIMATIONS)

@@ -12,10 +12,16 @@ from model_hub.decode_graphs import DecodeGraphs, graphs_of
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def settings_of(strategy: str, use_cuda_graph: bool, on_gpu: bool = False, **graph: Any) -> RetroInferConfig:
+def settings_of(
+    strategy: str, use_cuda_graph: bool, on_gpu: bool = False, gpu_only: bool = False, **graph: Any
+) -> RetroInferConfig:
     graph = {"top_k": 20, "ef_search": 60, "key_degree": 16, "key_links": 12, "insert_batch": 8, **graph}
     return RetroInferConfig(
-        retrieval_strategy=strategy, use_cuda_graph=use_cuda_graph, attention_aware_graph=graph, flat={"on_gpu": on_gpu}
+        retrieval_strategy=strategy,
+        use_cuda_graph=use_cuda_graph,
+        gpu_only=gpu_only,
+        attention_aware_graph=graph,
+        flat={"on_gpu": on_gpu},
     )
 
 
@@ -36,6 +42,9 @@ def settings_of(strategy: str, use_cuda_graph: bool, on_gpu: bool = False, **gra
         ("flat", {"on_gpu": True, "estimation": "centroid"}),
         ("flat", {"on_gpu": True, "estimation": "centroid", "estimation_budget": 0.5}),
         ("flat", {"on_gpu": True, "estimation": "centroid", "insert_batch": 0}),
+        ("attention_aware_graph", {"gpu_only": True, "estimation": "centroid"}),
+        ("attention_aware_graph", {"gpu_only": True, "estimation": "softmax_lift", "insert_batch": 0}),
+        ("flat", {"gpu_only": True, "on_gpu": True, "estimation": "centroid"}),
         ("wave_index", {}),
     ],
 )
@@ -80,6 +89,38 @@ def test_a_scan_on_the_gpu_takes_one_graph_a_step(tiny_folder):
         assert (len(cache.graphs._acts) == 1) == on_gpu
     error = (logits[0] - logits[1]).norm(dim=-1) / logits[0].norm(dim=-1)
     assert error.max() < 0.05
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    ("strategy", "graph"),
+    [
+        ("attention_aware_graph", {"estimation": "none"}),
+        ("attention_aware_graph", {"estimation": "centroid"}),
+        ("attention_aware_graph", {"estimation": "softmax_lift"}),
+        ("flat", {"estimation": "centroid"}),
+        ("flat", {"estimation": "centroid", "on_gpu": True}),
+    ],
+)
+def test_replayed_steps_do_not_depend_on_where_the_store_lies(tiny_folder, strategy, graph):
+    llm = load_model(str(tiny_folder("llama-tied-llama3-rope")), 512, "fp32", "cuda:0")
+    torch.manual_seed(0)
+    lengths = [280, 13, 170]
+    ids, forced = torch.randint(1, 256, (3, 280)), torch.randint(1, 256, (25, 3), device="cuda")
+    mask = torch.arange(280) >= 280 - torch.tensor(lengths)[:, None]
+    logits, caches = [], []
+    for gpu_only in (False, True):
+        cache = llm.init_cache(strategy, settings_of(strategy, True, gpu_only=gpu_only, **graph), lengths, 25)
+        llm.prefill(ids, mask.long(), cache)
+        logits.append(torch.stack([llm.decode_step(tokens, cache) for tokens in forced]))
+        assert isinstance(cache.graphs, DecodeGraphs)
+        assert all(store.is_cuda == gpu_only for store in (*cache._keys, *cache._values))
+        caches.append(cache)
+    assert ((logits[0] - logits[1]).norm(dim=-1) / logits[0].norm(dim=-1)).max() < 1e-4
+    for counter in ("attended", "attended_of", "estimated", "scored", "scored_of"):
+        assert getattr(caches[0].stats, counter) == getattr(caches[1].stats, counter), counter
+    assert caches[0].stats.bytes_moved > caches[1].stats.bytes_moved == 0
 
 
 @pytest.mark.gpu
