@@ -21,21 +21,42 @@ class HostBuffers:
 
     queries [B * Hkv, g, D] float32; positions [B, Hkv, g * k] int32 of the tokens to attend to, clusters likewise, of
     their clusters, -1 pads; log_weights [B, Hkv, g * k] float32 where tokens are a weighted sample.
+
+    Where searches begin before their queries are there: foreseen [2, B * Hkv, g, D], what the queries of even and of
+    odd layers will be about; and beside a GPU posted, like queries, where they are waited for. In both, what has not
+    come is the NaN of all bits set.
     """
 
     queries: Tensor
     positions: Tensor
     clusters: Tensor
     log_weights: Tensor | None
+    foreseen: Tensor | None = None
+    posted: Tensor | None = None
 
     @classmethod
     def of(
-        cls, batch: int, kv_heads: int, group: int, head_dim: int, k: int, pinned: bool, lifted: bool
+        cls, batch: int, kv_heads: int, group: int, head_dim: int, k: int, pinned: bool, lifted: bool, foresees: bool
     ) -> HostBuffers:
-        places = (batch, kv_heads, group * k)
+        places, asked = (batch, kv_heads, group * k), (batch * kv_heads, group, head_dim)
         positions, clusters = (torch.full(places, -1, dtype=torch.int32, pin_memory=pinned) for _ in range(2))
-        queries = torch.zeros(batch * kv_heads, group, head_dim, pin_memory=pinned)
-        return cls(queries, positions, clusters, torch.zeros(places, pin_memory=pinned) if lifted else None)
+        weights = torch.zeros(places, pin_memory=pinned) if lifted else None
+        queries = torch.zeros(asked, pin_memory=pinned)
+        if not foresees:
+            return cls(queries, positions, clusters, weights)
+        foreseen, posted = (
+            torch.full(shape, -1, dtype=torch.int32, pin_memory=pinned).view(torch.float32)
+            for shape in ((2, *asked), asked)
+        )
+        return cls(queries, positions, clusters, weights, foreseen, posted if pinned else None)
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What the queries will be about, [B * Hkv, g, D] float32, and the beam width of the search for that."""
+
+    queries: Tensor
+    ef: int
 
 
 @dataclass(frozen=True)
@@ -58,10 +79,12 @@ class LayerSearch:
         self.groups, self.k, self.warm_start, self.tail = groups, k, warm_start, tail
         self._hits: list[Tensor | None] = [None] * len(groups)
         self._found: list[Found] = []
+        self.waited = 0.0  # seconds of the last step
 
-    def retrieve(self, buffers: HostBuffers) -> tuple[int, int]:
+    def retrieve(self, buffers: HostBuffers, foreseen: Foreseen | None = None) -> tuple[int, int] | None:
         """Writes what the queries in the buffers want behind them; how many keys were scored, and how many tokens the
-        kv heads attend to."""
+        kv heads attend to. None where the queries are posted, and did not come for long: then it may be called again.
+        """
         self._found, attended = [], 0
         for number, group in enumerate(self.groups):
             near = self._hits[number]
@@ -112,7 +135,7 @@ class GraphLayerSearch(LayerSearch):
         self._keys_scored = torch.empty(0)
         self._steps = 0
 
-    def retrieve(self, buffers: HostBuffers) -> tuple[int, int]:
+    def retrieve(self, buffers: HostBuffers, foreseen: Foreseen | None = None) -> tuple[int, int] | None:
         group, kv_heads = buffers.queries.shape[1], buffers.positions.shape[1]
         if not self._views:
             self._views = [self._view(one) for one in self.groups]
@@ -125,11 +148,10 @@ class GraphLayerSearch(LayerSearch):
         assert isinstance(index, AttentionAwareGraphIndex)
         this = self._steps % 2
         near = self._ids[1 - this].data_ptr() if self._steps and self.warm_start else 0
-        self._steps += 1
-        begin = slice(first.start, None)
-        return _native.retrieve(
+        begin, rows = slice(first.start, None), slice(first.start * kv_heads, None)
+        scored, attended, waited = _native.retrieve(
             self._views,
-            buffers.queries[first.start * kv_heads :].data_ptr(),
+            buffers.queries[rows].data_ptr(),
             group,
             near,
             self.k,
@@ -141,7 +163,15 @@ class GraphLayerSearch(LayerSearch):
             self._keys_scored.data_ptr(),
             buffers.positions[begin].data_ptr(),
             buffers.clusters[begin].data_ptr() if self.tail is not None else 0,
+            0 if buffers.posted is None else buffers.posted[rows].data_ptr(),
+            0 if foreseen is None else foreseen.queries[rows].data_ptr(),
+            0 if foreseen is None else foreseen.ef,
         )
+        self.waited = waited * 1e-9
+        if attended < 0:
+            return None
+        self._steps += 1
+        return scored, attended
 
     def _view(self, group: IndexedSequences) -> _native.GraphView:
         assert isinstance(group.index, AttentionAwareGraphIndex)

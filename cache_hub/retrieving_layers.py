@@ -11,7 +11,7 @@ from attn_hub import WeightedPart, decode_splits, post
 
 from .diagnosis import agreement_with_exact
 from .growing_layers import GrowingLayers
-from .layer_search import Found, HostBuffers, LayerSearch, layer_search
+from .layer_search import Foreseen, Found, GraphLayerSearch, HostBuffers, LayerSearch, layer_search
 from .stats import Agreement
 from .tail import CentroidTail
 
@@ -27,6 +27,7 @@ class RetrievingLayers(GrowingLayers):
 
     top_k: int
     warm_start: int
+    speculative_ef: int
     estimation_budget: float
 
     def __init__(self, **common: Any) -> None:
@@ -43,16 +44,28 @@ class RetrievingLayers(GrowingLayers):
         device = self.devices[layer_idx]
         if device not in self._buffers:
             sizes = (self.batch_size, self.kv_head, self.group_size, self.head_dim, self.top_k)
-            self._buffers[device] = HostBuffers.of(
-                *sizes, pinned=device.type == "cuda", lifted=self.estimation == "softmax_lift"
-            )
+            lifted, foresees = self.estimation == "softmax_lift", self._begins_early(layer_idx)
+            self._buffers[device] = HostBuffers.of(*sizes, device.type == "cuda", lifted, foresees)
         return self._buffers[device]
+
+    def _begins_early(self, layer_idx: int) -> bool:
+        """Whether searches for the layer can wait for their queries, and begin with what is foreseen."""
+        return self.speculative_ef > 0 and isinstance(self._search_of(layer_idx), GraphLayerSearch)
+
+    def foresees(self, layer_idx: int) -> bool:
+        return self.devices[layer_idx].type == "cuda" and self.needs_host(layer_idx) and self._begins_early(layer_idx)
+
+    def post_foreseen(self, query_states: Tensor, layer_idx: int) -> None:
+        foreseen = self._buffers_of(layer_idx).foreseen
+        assert foreseen is not None
+        post(query_states, foreseen[layer_idx % 2])
 
     def _tail_of(self, layer_idx: int) -> CentroidTail | None:
         return self._tails[layer_idx] if self.estimation == "centroid" else None
 
     def post_query(self, query_states: Tensor, layer_idx: int) -> None:
-        post(query_states, self._buffers_of(layer_idx).queries)
+        buffers = self._buffers_of(layer_idx)
+        post(query_states, buffers.queries if buffers.posted is None else buffers.posted)
 
     def begin(self, query_states: Tensor, layer_idx: int) -> ReferenceSplits | TritonSplits:
         """Attends to the static tokens and the clusters, as if nothing were retrieved."""
@@ -78,10 +91,21 @@ class RetrievingLayers(GrowingLayers):
             self._searches[layer_idx] = layer_search(self._groups[layer_idx], *how)
         return self._searches[layer_idx]
 
-    def retrieve(self, layer_idx: int) -> None:
-        buffers, search = self._buffers_of(layer_idx), self._search_of(layer_idx)
-        with self.stats.timed("search"):
-            self._retrieved[layer_idx] = search.retrieve(buffers)
+    def retrieve(self, layer_idx: int, arrived: torch.cuda.Event | None, foreseen: bool) -> None:
+        buffers, search, stats = self._buffers_of(layer_idx), self._search_of(layer_idx), self.stats
+        if arrived is not None and buffers.posted is None:
+            with stats.timed("wait"):
+                arrived.synchronize()
+        hint = None
+        if foreseen and buffers.foreseen is not None:
+            hint = Foreseen(buffers.foreseen[layer_idx % 2], self.speculative_ef)
+        with stats.timed("search"):
+            while (retrieved := search.retrieve(buffers, hint)) is None:
+                assert arrived is not None
+                arrived.synchronize()
+        self._retrieved[layer_idx] = retrieved
+        stats.seconds["search"] -= search.waited
+        stats.seconds["wait"] += search.waited
         if self.stats.agreement is not None:
             with self.stats.timed("diagnosis"):
                 self._compare(buffers.queries, search.found(), layer_idx, self.stats.agreement)
@@ -99,7 +123,8 @@ class RetrievingLayers(GrowingLayers):
         zone, tail = self._zones[layer_idx], self._tail_of(layer_idx)
         held = [zone.keys, self._keys[layer_idx]]
         if self._groups[layer_idx]:
-            held.append(self._buffers_of(layer_idx).positions)
+            buffers = self._buffers_of(layer_idx)
+            held += [buffers.positions, buffers.queries if buffers.posted is None else buffers.posted]
         if tail is not None:
             held += [tail.centroids, *([tail.wanted()] if tail.share < 1 else [])]
         return tuple(tensor.data_ptr() for tensor in held)

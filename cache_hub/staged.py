@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 class StagedCache(KV_Cache):
     """For every layer of a step, in this order: write_token on the device, count_token on the host; where the layer
-    `needs_host`, post_query on the device, and once the query has arrived, `retrieve` on the host; beside that `begin`,
-    then `end` on the device; and once `end` is on its way, `note_step` and `turn` on the host.
+    `needs_host`, post_query on the device and `retrieve` on the host; beside that `begin`, then `end` on the device;
+    and once `end` is on its way, `note_step` and `turn` on the host. Before all of it, where the layer `foresees`,
+    post_foreseen on the device.
 
     What the device does reads nothing from the host but what lies in pinned memory, always at the same place: it can be
     captured once and replayed, as long as `captured` stays as it was; `version` changes whenever that may have changed.
@@ -43,6 +44,14 @@ class StagedCache(KV_Cache):
         """Whether the attention depends on what `retrieve` finds."""
         return False
 
+    def foresees(self, layer_idx: int) -> bool:
+        """Whether the layer's `retrieve` can begin with what the query will be about."""
+        return False
+
+    def post_foreseen(self, query_states: Tensor, layer_idx: int) -> None:
+        """Sends what the query will be about [B, 1, H, D] to the host. Device work."""
+        raise NotImplementedError(f"{type(self).__name__} has nothing to ask the host")
+
     def post_query(self, query_states: Tensor, layer_idx: int) -> None:
         """Sends the query [B, 1, H, D] to the host. Device work."""
         raise NotImplementedError(f"{type(self).__name__} has nothing to ask the host")
@@ -51,8 +60,9 @@ class StagedCache(KV_Cache):
     def begin(self, query_states: Tensor, layer_idx: int) -> ReferenceSplits | TritonSplits:
         """Attention of query_states [B, 1, H, D] to all that does not depend on `retrieve`. Device work."""
 
-    def retrieve(self, layer_idx: int) -> None:
-        """Finds what the posted query wants."""
+    def retrieve(self, layer_idx: int, arrived: torch.cuda.Event | None, foreseen: bool) -> None:
+        """Finds what the posted query wants, which has come when `arrived` has happened; None: it is there. foreseen:
+        whether post_foreseen was called in this step."""
         raise NotImplementedError(f"{type(self).__name__} has nothing to ask the host")
 
     def end(self, begun: ReferenceSplits | TritonSplits, layer_idx: int) -> Tensor:
@@ -74,7 +84,8 @@ class StagedCache(KV_Cache):
         self.write_token(key_states, value_states, layer_idx)
         self.count_token(layer_idx)
 
-    def compute(self, query_states: Tensor, layer_idx: int) -> Tensor:
+    def compute(self, query_states: Tensor, layer_idx: int, foreseen: bool = False) -> Tensor:
+        """See KV_Cache.compute; foreseen: as for `retrieve`."""
         asks = self.needs_host(layer_idx)
         arrived = None
         if asks:
@@ -84,11 +95,8 @@ class StagedCache(KV_Cache):
                 arrived.record()
         with self.stats.timed("attention"):
             begun = self.begin(query_states, layer_idx)
-        if arrived is not None:
-            with self.stats.timed("wait"):
-                arrived.synchronize()
         if asks:
-            self.retrieve(layer_idx)
+            self.retrieve(layer_idx, arrived, foreseen)
         with self.stats.timed("attention"):
             attended = self.end(begun, layer_idx)
         self.note_step(layer_idx)

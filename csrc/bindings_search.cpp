@@ -1,9 +1,11 @@
 // Python bindings of what searches the keys of many kv heads.
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bindings.h"
@@ -49,11 +51,15 @@ void search(const KeyStore& keys, uintptr_t links, int64_t slots, int64_t segmen
              {at<int32_t>(ids), at<float>(scores), at<int64_t>(keys_scored), nullptr, nullptr}, *threads(num_threads));
 }
 
-std::pair<int64_t, int64_t> retrieve_step(const std::vector<const GraphView*>& views, uintptr_t queries, int64_t group,
-                                          uintptr_t near, int64_t near_stride, int64_t num_near, int64_t k, int64_t ef,
-                                          int num_threads, uintptr_t ids, uintptr_t keys_scored, uintptr_t positions,
-                                          uintptr_t clusters) {
+// posted: where a device writes the queries, or null; they are then waited for, and moved to `queries`. foreseen: likewise
+// of what they will be about, or null; of it nothing is kept. What was read is absent again afterwards.
+std::tuple<int64_t, int64_t, int64_t> retrieve_step(const std::vector<const GraphView*>& views, uintptr_t queries,
+                                                    int64_t group, uintptr_t near, int64_t near_stride, int64_t num_near,
+                                                    int64_t k, int64_t ef, int num_threads, uintptr_t ids,
+                                                    uintptr_t keys_scored, uintptr_t positions, uintptr_t clusters,
+                                                    uintptr_t posted, uintptr_t foreseen, int64_t foreseen_ef) {
     py::gil_scoped_release release;
+    if (foreseen_ef < 0) refuse("foreseen_ef", foreseen_ef, ">= 0");
     if (num_near < 0 || (num_near && (!near || num_near > near_stride)))
         refuse("num_near", num_near, "0 to " + std::to_string(near ? near_stride : 0) + ", for `near`");
     thread_local std::vector<const IndexedRow*> rows;
@@ -65,12 +71,22 @@ std::pair<int64_t, int64_t> retrieve_step(const std::vector<const GraphView*>& v
             if (clusters && !row.assignment) refuse("assignment", 0, "one for every view, for clusters");
             rows.push_back(&row);
         }
-    const int64_t found =
-        retrieve(rows, {at<const float>(queries), group, at<const int32_t>(near), near ? near_stride : 0, num_near, k, ef},
-                 {at<int32_t>(ids), nullptr, at<int64_t>(keys_scored), at<int32_t>(positions), at<int32_t>(clusters)},
-                 *threads(num_threads));
+    int64_t waited = 0;
+    const int64_t found = retrieve(
+        rows,
+        {at<const float>(posted ? posted : queries), group, at<const int32_t>(near), near ? near_stride : 0, num_near, k, ef,
+         posted != 0, at<const float>(foreseen), foreseen_ef},
+        {at<int32_t>(ids), nullptr, at<int64_t>(keys_scored), at<int32_t>(positions), at<int32_t>(clusters)},
+        *threads(num_threads), &waited);
+    if (found == kNotArrived || rows.empty()) return {0, found, waited};
+    const int64_t bytes = rows.size() * group * rows[0]->graph.keys.width() * 4;
+    if (posted) {
+        std::memcpy(at<float>(queries), at<float>(posted), bytes);
+        std::memset(at<float>(posted), kAbsent & 0xff, bytes);
+        if (foreseen) std::memset(at<float>(foreseen), kAbsent & 0xff, bytes);
+    }
     const auto* scored = at<const int64_t>(keys_scored);
-    return {std::accumulate(scored, scored + rows.size() * group, int64_t{0}), found};
+    return {std::accumulate(scored, scored + rows.size() * group, int64_t{0}), found, waited};
 }
 
 void scan(const KeyStore& keys, uintptr_t queries, int64_t group, int64_t k, int num_threads, uintptr_t ids,
@@ -104,7 +120,8 @@ void bind_search(py::module_& m) {
     m.def("search", &search,
           "Searches one query per (kv head, query head of its group); `exact` keys, or None, rank what is found.");
     m.def("retrieve", &retrieve_step,
-          "Searches the graphs of all views and unites what each kv head's queries found; returns keys scored, positions.");
+          "Searches the graphs of all views and unites what each kv head's queries found; returns keys scored, positions, "
+          "and nanoseconds waited; -1 positions where posted queries did not come.");
     m.def("unite", &unite_rows,
           "Each id of a row once, plus `first`, in the order met, then -1 pads; returns how many of each row.");
 }

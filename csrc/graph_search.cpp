@@ -38,10 +38,10 @@ void BeamSearch::start(const Graph& graph, const float* query, int64_t width, co
     const int64_t n = graph.keys.n, followed = std::min(starts.width, kFollowed);
     width_ = std::min(width, n);
     if (static_cast<int64_t>(seen_.size()) < n) seen_.assign(n, 0), epoch_ = 0;
-    if (++epoch_ == 0) std::fill(seen_.begin(), seen_.end(), 0), epoch_ = 1;
+    if ((epoch_ += 2) == 0) std::fill(seen_.begin(), seen_.end(), 0), epoch_ = 2;
     if (static_cast<int64_t>(beam_.size()) < width_ + 1) beam_.resize(width_ + 1);
     hold(std::max(graph.links.slots, starts.group * starts.width + followed + graph.num_entries));
-    filled_ = next_ = fresh_count_ = scored_ = 0;
+    filled_ = next_ = fresh_count_ = scored_ = met_count_ = 0;
     expanding_ = -1;
     gather([&](auto&& meet) {
         for (int64_t head = 0; head < starts.group; ++head) {
@@ -70,11 +70,14 @@ void BeamSearch::gather(Each&& each) {
     // A branch here would often be guessed wrong: a key met before is written, and then overwritten.
     each([&](int32_t id) {
         fresh[count] = id;
-        count += seen[id] != epoch;
-        seen[id] = epoch;
+        count += seen[id] < epoch;
+        seen[id] = std::max(seen[id], epoch);
     });
     for (int64_t i = 0; i < count; ++i) graph_->keys.prefetch(fresh[i]);
     fresh_count_ = count;
+    if (static_cast<int64_t>(met_.size()) < met_count_ + count) met_.resize(2 * (met_count_ + count));
+    std::copy_n(fresh, count, met_.data() + met_count_);
+    met_count_ += count;
 }
 
 bool BeamSearch::step() {
@@ -89,6 +92,7 @@ bool BeamSearch::step() {
     if (next_ == filled_) return false;
     beam_[next_] &= ~uint64_t{1};
     expanding_ = id_of(beam_[next_]);
+    seen_[expanding_] = epoch_ + 1;
     graph_->links.prefetch(expanding_);
     for (int64_t later = next_ + 1; later < filled_; ++later)
         if (waits(beam_[later])) {
@@ -128,6 +132,26 @@ void BeamSearch::insert(uint64_t candidate) {
     next_ = std::min(next_, at);
 }
 
+void BeamSearch::turn_to(const float* query, int64_t width) {
+    query_ = query;
+    width_ = std::min(width, graph_->keys.n);
+    if (static_cast<int64_t>(beam_.size()) < width_ + 1) beam_.resize(width_ + 1);
+    hold(met_count_);
+    graph_->keys.score(query_, met_.data(), met_count_, scores_.data());
+    scored_ += met_count_;
+    uint64_t* good = good_.data();
+    for (int64_t i = 0; i < met_count_; ++i) {
+        const uint64_t expanded = seen_[met_[i]] & 1u;
+        good[i] = entry(scores_[i], met_[i]) ^ expanded;
+    }
+    filled_ = std::min(width_, met_count_);
+    if (filled_ < met_count_) std::nth_element(good, good + filled_, good + met_count_, std::greater<>());
+    std::sort(good, good + filled_, std::greater<>());
+    std::copy_n(good, filled_, beam_.data());
+    next_ = fresh_count_ = 0;
+    expanding_ = -1;
+}
+
 // Scores the whole beam anew: what a compact copy puts too low is still near the k best.
 void BeamSearch::rank_exactly() {
     hold(filled_);
@@ -147,10 +171,24 @@ int64_t BeamSearch::finish(int64_t k, int32_t* ids, float* scores) {
     return scored_;
 }
 
+void take_turns(BeamSearch** going, int64_t count) {
+    while (count) {
+        int64_t on = 0;
+        for (int64_t i = 0; i < count; ++i)
+            if (going[i]->step()) going[on++] = going[i];
+        count = on;
+    }
+}
+
+std::deque<BeamSearch>& searches_of_thread(int64_t count) {
+    thread_local std::deque<BeamSearch> searches;
+    while (static_cast<int64_t>(searches.size()) < count) searches.emplace_back();
+    return searches;
+}
+
 void search_graph(const Graph& graph, const float* queries, int64_t count, const Starts& starts, int64_t own, int64_t k,
                   int64_t ef, int32_t* ids, float* scores, int64_t* keys_scored) {
-    constexpr int64_t kTurns = 8;
-    thread_local std::array<BeamSearch, kTurns> searches;
+    std::deque<BeamSearch>& searches = searches_of_thread(kTurns);
     for (int64_t first = 0; first < count; first += kTurns) {
         const int64_t last = std::min(first + kTurns, count);
         std::array<BeamSearch*, kTurns> going;
@@ -159,12 +197,7 @@ void search_graph(const Graph& graph, const float* queries, int64_t count, const
             going[left] = &searches[i - first];
             going[left++]->start(graph, queries + i * graph.keys.width(), std::max(ef, k), starts, own + i);
         }
-        while (left) {
-            int64_t on = 0;
-            for (int64_t i = 0; i < left; ++i)
-                if (going[i]->step()) going[on++] = going[i];
-            left = on;
-        }
+        take_turns(going.data(), left);
         for (int64_t i = first; i < last; ++i)
             keys_scored[i] = searches[i - first].finish(k, ids + i * k, scores ? scores + i * k : nullptr);
     }

@@ -1,6 +1,7 @@
 // Best-first search in an attention-aware graph, one query at a time or several in turns.
 #pragma once
 #include <cstdint>
+#include <deque>
 #include <vector>
 
 #include "links.h"
@@ -33,6 +34,9 @@ class BeamSearch {
     // Starts as query head `own`. graph and query must outlive the search.
     void start(const Graph& graph, const float* query, int64_t width, const Starts& starts, int64_t own);
     bool step();
+    // Goes on for another query, when `step` has said false: scores what was met anew and keeps the `width` best. What was
+    // expanded is not expanded again, since all that its links name was met. `step` on until it says false.
+    void turn_to(const float* query, int64_t width);
     // ids, scores [k], best first, -1 / -inf pads; scores may be null. Returns the number of inner products computed.
     int64_t finish(int64_t k, int32_t* ids, float* scores);
 
@@ -48,12 +52,21 @@ class BeamSearch {
     const float* query_ = nullptr;
     int32_t expanding_ = -1;  // the key whose links come next
     int64_t width_ = 0, filled_ = 0, next_ = 0, fresh_count_ = 0, scored_ = 0;
-    std::vector<uint8_t> seen_;  // epoch_ where a key was met
-    uint8_t epoch_ = 0;
+    std::vector<uint8_t> seen_;  // epoch_ where a key was met, one more where it was expanded
+    uint8_t epoch_ = 0;          // even
     std::vector<uint64_t> beam_, good_;  // best first; those that may enter it
-    std::vector<int32_t> fresh_;
+    std::vector<int32_t> fresh_, met_;   // keys not scored yet; all keys met
+    int64_t met_count_ = 0;
     std::vector<float> scores_;
 };
+
+// `step`s the `count` searches in turns until all say false; `going` is used up.
+void take_turns(BeamSearch** going, int64_t count);
+
+// So many are let take turns.
+constexpr int64_t kTurns = 8;
+// `count` searches of the calling thread, or more, the same ones in every call.
+std::deque<BeamSearch>& searches_of_thread(int64_t count);
 
 // Searches queries [count, width()] of one graph, those of the query heads from `own` on, up to eight in turns, each with a
 // beam of max(ef, k). ids, scores [count, k] and keys_scored [count] as `finish` tells them.

@@ -1,7 +1,10 @@
 #include "retrieve.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <chrono>
+#include <limits>
 #include <numeric>
 
 namespace rag {
@@ -41,35 +44,132 @@ void look_up(const IndexedRow& row, const int32_t* positions, int64_t count, int
     std::fill(out + count, out + width, -1);
 }
 
+// Of tasks, the dearest first: those of bin b are order[begins[b]] .. order[begins[b + 1] - 1], each in the bin that had
+// the least to do before it.
+void deal(const std::vector<Task>& tasks, int64_t bins, std::vector<Task>& order, std::vector<int64_t>& begins) {
+    std::vector<int64_t> loads(bins, 0), bin_of(tasks.size());
+    for (size_t i = 0; i < tasks.size(); ++i) {
+        bin_of[i] = std::min_element(loads.begin(), loads.end()) - loads.begin();
+        loads[bin_of[i]] += tasks[i].cost + tasks[i].end - tasks[i].begin;
+    }
+    order.clear(), begins.assign(1, 0);
+    for (int64_t b = 0; b < bins; ++b) {
+        for (size_t i = 0; i < tasks.size(); ++i)
+            if (bin_of[i] == b) order.push_back(tasks[i]);
+        begins.push_back(order.size());
+    }
+}
+
+bool there(const float* numbers, int64_t count) {
+    const auto* bits = reinterpret_cast<const volatile uint32_t*>(numbers);
+    for (int64_t i = count; i-- > 0;)
+        if (bits[i] == kAbsent) return false;
+    return true;
+}
+
+// Waits for posted numbers, on behalf of all threads of a retrieval.
+class Arrivals {
+   public:
+    bool late() const { return late_.load(std::memory_order_relaxed); }
+    // False once one has waited too long.
+    bool await(const float* numbers, int64_t count, std::chrono::nanoseconds& waited) {
+        if (there(numbers, count)) return !late();
+        const auto begin = std::chrono::steady_clock::now();
+        while (!late()) {
+            for (int i = 0; i < 16; ++i)
+                if (ThreadPool::pause(), there(numbers, count)) {
+                    waited += std::chrono::steady_clock::now() - begin;
+                    return true;
+                }
+            if (std::chrono::steady_clock::now() - begin > kPatience) late_ = true;
+        }
+        return false;
+    }
+
+   private:
+    std::atomic<bool> late_{false};
+};
+
+struct One {
+    int64_t row, head;
+};
+
 }  // namespace
 
-int64_t retrieve(const std::vector<const IndexedRow*>& rows, const Asked& asked, const Retrieved& out, ThreadPool& pool) {
+int64_t retrieve(const std::vector<const IndexedRow*>& rows, const Asked& asked, const Retrieved& out, ThreadPool& pool,
+                 int64_t* waited) {
     thread_local std::vector<std::atomic<int64_t>> kept;
-    thread_local std::vector<Task> cut_into;
+    thread_local std::vector<Task> cut_into, dealt;
+    thread_local std::vector<int64_t> begins;
     if (kept.size() < rows.size()) kept = std::vector<std::atomic<int64_t>>(rows.size());
     // The names of thread_local vectors are others in every thread.
-    std::atomic<int64_t>* const tasks_left = kept.data();
+    std::atomic<int64_t>* const searches_left = kept.data();
     const int64_t count = rows.size(), group = asked.group, k = asked.k, width = group * k;
     if (!count || !group) return 0;
+    const int64_t numbers = rows[0]->graph.keys.width(), ef = std::max(asked.ef, k);
     cut(count, group, pool.size(), out.keys_scored, cut_into);
-    const Task* const tasks = cut_into.data();
-    for (int64_t r = 0; r < count; ++r) tasks_left[r].store(0, std::memory_order_relaxed);
-    for (const Task& task : cut_into) tasks_left[task.row].fetch_add(1, std::memory_order_relaxed);
-    std::atomic<int64_t> total{0};
-    pool.parallel_for(cut_into.size(), 1, [&](int64_t i) {
-        const Task& task = tasks[i];
-        const int64_t r = task.row, at = r * group + task.begin;
-        const IndexedRow& row = *rows[r];
-        const Starts starts{asked.near + r * group * asked.near_stride, group, asked.num_near, asked.near_stride};
-        search_graph(row.graph, asked.queries + at * row.graph.keys.width(), task.end - task.begin, starts, task.begin, k,
-                     asked.ef, out.ids + at * k, out.scores ? out.scores + at * k : nullptr, out.keys_scored + at);
-        if (!out.positions || tasks_left[r].fetch_sub(1) > 1) return;
-        int32_t* positions = out.positions + r * width;
-        const int64_t found = unite(out.ids + r * width, width, row.first, positions);
-        if (out.clusters) look_up(row, positions, found, width, out.clusters + r * width);
-        total += found;
-    });
-    return total;
+    for (int64_t r = 0; r < count; ++r) searches_left[r].store(group, std::memory_order_relaxed);
+    std::atomic<int64_t> total{0}, least_waited{std::numeric_limits<int64_t>::max()};
+    Arrivals arrivals;
+
+    // All searches of some tasks: as far as they go for what is foreseen, then to the end. False where something is late.
+    const auto run = [&](const Task* tasks, int64_t many) {
+        thread_local std::vector<One> ones;
+        ones.clear();
+        for (const Task* task = tasks; task < tasks + many; ++task)
+            for (int64_t head = task->begin; head < task->end; ++head) ones.push_back({task->row, head});
+        const int64_t all = ones.size();
+        if (!all) return;
+        std::deque<BeamSearch>& searches = searches_of_thread(all);
+        std::chrono::nanoseconds idle{0};
+        const auto each_in_turns = [&](const float* of, int64_t beam, bool anew) {
+            for (int64_t first = 0; first < all; first += kTurns) {
+                std::array<BeamSearch*, kTurns> going;
+                const int64_t turns = std::min(all - first, kTurns);
+                for (int64_t i = 0; i < turns; ++i) {
+                    const auto [r, head] = ones[first + i];
+                    const float* query = of + (r * group + head) * numbers;
+                    if (asked.posted && !arrivals.await(query, numbers, idle)) return false;
+                    going[i] = &searches[first + i];
+                    if (anew)
+                        going[i]->start(rows[r]->graph, query, beam,
+                                        {asked.near + r * group * asked.near_stride, group, asked.num_near, asked.near_stride},
+                                        head);
+                    else
+                        going[i]->turn_to(query, beam);
+                }
+                take_turns(going.data(), turns);
+            }
+            return true;
+        };
+        if (asked.foreseen && !each_in_turns(asked.foreseen, std::max(asked.foreseen_ef, k), true)) return;
+        if (!each_in_turns(asked.queries, ef, !asked.foreseen)) return;
+        int64_t least = least_waited;
+        while (idle.count() < least && !least_waited.compare_exchange_weak(least, idle.count())) {
+        }
+        for (int64_t i = 0; i < all; ++i) {
+            const auto [r, head] = ones[i];
+            const int64_t at = r * group + head;
+            out.keys_scored[at] = searches[i].finish(k, out.ids + at * k, out.scores ? out.scores + at * k : nullptr);
+            if (!out.positions || searches_left[r].fetch_sub(1) > 1) continue;
+            int32_t* positions = out.positions + r * width;
+            const int64_t found = unite(out.ids + r * width, width, rows[r]->first, positions);
+            if (out.clusters) look_up(*rows[r], positions, found, width, out.clusters + r * width);
+            total += found;
+        }
+    };
+    if (asked.posted) {
+        // Every thread has its searches from the start, and goes on with them when their queries arrive.
+        deal(cut_into, pool.size(), dealt, begins);
+        const Task* const tasks = dealt.data();
+        const int64_t* const begin = begins.data();
+        pool.parallel_for(pool.size(), 1, [&](int64_t b) { run(tasks + begin[b], begin[b + 1] - begin[b]); });
+    } else {
+        const Task* const tasks = cut_into.data();
+        pool.parallel_for(cut_into.size(), 1, [&](int64_t i) { run(tasks + i, 1); });
+    }
+    if (waited) *waited = least_waited;
+    return arrivals.late() ? kNotArrived : total.load();
 }
 
 }  // namespace rag

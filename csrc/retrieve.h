@@ -1,5 +1,6 @@
 // Retrieval of one step from the graphs of many kv heads, several sequences' too.
 #pragma once
+#include <chrono>
 #include <cstdint>
 #include <vector>
 
@@ -22,7 +23,16 @@ struct Asked {
     const int32_t* near;  // [R, group, near_stride]
     int64_t near_stride, num_near;
     int64_t k, ef;
+    // Where `posted`, queries and foreseen may still be on their way, written by a device: a number of the bits kAbsent is
+    // not there yet.
+    bool posted = false;
+    // What the queries will be about, like queries, or null. Every search is first one for this, with a beam of
+    // max(foreseen_ef, k), and then turns to the query: in the end it has met, and scored, all keys that both found.
+    const float* foreseen = nullptr;
+    int64_t foreseen_ef = 0;
 };
+constexpr uint32_t kAbsent = 0xffffffffu;  // a NaN that no arithmetic makes
+constexpr int64_t kNotArrived = -1;
 
 // Where it goes. Nothing of it may be what `Asked` names.
 struct Retrieved {
@@ -33,8 +43,14 @@ struct Retrieved {
     int32_t* clusters;     // [R, group * k], of each position, -1 pads; or null. All rows have an assignment then.
 };
 
-// Searches every row, up to eight query heads of a row in turns. A row's positions and clusters are made by the thread
-// that ends its last search. All rows have keys of one width. Returns how many positions there are.
-int64_t retrieve(const std::vector<const IndexedRow*>& rows, const Asked& asked, const Retrieved& out, ThreadPool& pool);
+// Searches every row, up to eight query heads in turns. A row's positions and clusters are made by the thread that ends
+// its last search. All rows have keys of one width. Returns how many positions there are; kNotArrived where posted numbers
+// did not come within kPatience, with `out` in no certain state.
+//
+// Posted queries are waited for by the threads that search with them: `waited`, if not null, gets the nanoseconds that each
+// thread waited at least.
+int64_t retrieve(const std::vector<const IndexedRow*>& rows, const Asked& asked, const Retrieved& out, ThreadPool& pool,
+                 int64_t* waited = nullptr);
+constexpr std::chrono::milliseconds kPatience{100};
 
 }  // namespace rag

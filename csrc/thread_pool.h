@@ -63,6 +63,15 @@ class ThreadPool {
 
     int size() const { return size_; }
 
+    // What a thread that looks for something in a loop does between two looks.
+    static void pause() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
+
     // Runs body(i) for every i in [0, count) in chunks of `chunk`; rethrows the first exception of any thread, after which
     // other chunks may not have run.
     template <class Body>
@@ -81,13 +90,6 @@ class ThreadPool {
         if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
 #endif
         return static_cast<int>(std::thread::hardware_concurrency());
-    }
-    static void pause() {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#elif defined(__aarch64__)
-        asm volatile("yield");
-#endif
     }
     // Is `ready` so, at once or after a while?
     template <class Ready>

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class _Replay:
     """Device work; `asks` and `answers`, where not None, name the layer whose query it posts, and the layer whose
-    `retrieve` comes behind its launch."""
+    `retrieve` comes behind its launch; foreseen: whether what that query is about was posted before."""
 
     graph: torch.cuda.CUDAGraph
     device: torch.device
     asks: int | None
     answers: int | None
+    foreseen: bool
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,10 @@ class DecodeGraphs:
     """The decode step of one LLM and one cache: one graph where no layer asks the host.
 
     A layer that asks the host takes three graphs: one posts its query, behind which an event is recorded, another
-    attends to what does not depend on the answer. The host waits for the event, retrieves beside the second graph, and
-    the third, which attends to its answer, is small: a large one takes long to launch, and the next layer's first,
-    which goes on from there, is launched while the third runs. Captured when first called, and anew where the
+    attends to what does not depend on the answer, and posts what the next layer will ask about. The host retrieves
+    beside both, first for what was foreseen, then for the query, and the third, which attends to its answer, is small:
+    a large one takes long to launch, and the next layer's first, which goes on from there, is launched while the third
+    runs. Captured when first called, and anew where the
     cache's buffers have moved; the kernels must have run before. Both are referred to weakly: the cache owns this.
     """
 
@@ -76,9 +78,7 @@ class DecodeGraphs:
                 if act.asks is not None:
                     self._events[act.device].record()
             if act.answers is not None:
-                with cache.stats.timed("wait"):
-                    self._events[act.device].synchronize()
-                cache.retrieve(act.answers)
+                cache.retrieve(act.answers, self._events[act.device], act.foreseen)
         for layer in layers:
             cache.note_step(layer)
             cache.turn(layer)
@@ -102,6 +102,7 @@ class DecodeGraphs:
         llm, cache = self._llm, self._cache
         hidden = F.embedding(self._tokens[:, None], llm.embedding)
         cos, sin = llm.cos_sin(self._positions[:, None])
+        foreseen = False
         for index, layer in enumerate(llm.layers):
             hidden, cos, sin = tape.move_to(layer.device, hidden, cos, sin)
             query, key, value = layer.project(hidden, cos, sin)
@@ -111,8 +112,9 @@ class DecodeGraphs:
                 cache.post_query(query, index)
                 tape.cut(asks=index)
             begun = cache.begin(query, index)
+            told, foreseen = foreseen, llm.foresee(cache, index, hidden, cos, sin)
             if asks:
-                tape.cut(answers=index)
+                tape.cut(answers=index, foreseen=told)
             attended = cache.end(begun, index)
             if asks:
                 tape.cut()
@@ -144,16 +146,16 @@ class _Tape:
         self._graph = torch.cuda.CUDAGraph()
         self._graph.capture_begin(self._pools[device], capture_error_mode="thread_local")
 
-    def _close(self, asks: int | None = None, answers: int | None = None) -> None:
+    def _close(self, asks: int | None = None, answers: int | None = None, foreseen: bool = False) -> None:
         try:
             self._graph.capture_end()
         finally:
             self._context.__exit__(None, None, None)
-        self._acts.append(_Replay(self._graph, self._device, asks, answers))
+        self._acts.append(_Replay(self._graph, self._device, asks, answers, foreseen))
 
-    def cut(self, asks: int | None = None, answers: int | None = None) -> None:
+    def cut(self, asks: int | None = None, answers: int | None = None, foreseen: bool = False) -> None:
         """Ends a graph, behind which the host may have something to do for the layer named, and begins the next."""
-        self._close(asks, answers)
+        self._close(asks, answers, foreseen)
         self._open(self._device)
 
     def move_to(self, device: torch.device, *states: Tensor) -> list[Tensor]:

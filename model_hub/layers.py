@@ -52,8 +52,8 @@ class DecoderLayer:
         return both[:, :, : spec.num_heads], both[:, :, spec.num_heads :], value
 
     def predict_query(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """hidden [b, L, d] that enters the layer before this one -> about the rotated queries [b, L, H, D] that `project`
-        will give, since a layer adds little to what runs through it. Source: InfiniGen (arXiv 2406.19707)."""
+        """hidden [b, L, d] that enters the layer before this one -> about the rotated queries [b, L, H, D] of project,
+        since a layer adds little to what runs through it. Source: InfiniGen (arXiv 2406.19707)."""
         spec, rows = self.spec, self.spec.num_heads * self.spec.head_dim
         weight, bias = (None if states is None else states[:rows] for states in self.qkv)
         assert weight is not None

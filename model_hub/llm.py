@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from attn_hub import full_prefill_attn
 from cache_hub import AUTO, KV_Cache, RunShape, check_fits, make_cache, settle
+from cache_hub.staged import StagedCache
 from config import RetroInferConfig, resolve_strategy
 from model_hub.decode_graphs import graphs_of
 from model_hub.inputs import check_room, valid_lengths
@@ -40,7 +41,8 @@ class LLM:
 
     Public state: `layers` (each with `.device`), `spec`, `dtype`, `max_length` (prompt and new tokens together),
     `layer_mapping` {"0": "cuda:0", ..}, `eos_ids`, `progress` (False: no progress bars; they show on terminals only),
-    `mlp_chunk` (tokens of a prompt that projections and MLP take at a time), and after `generate` its `cache` and
+    `predicts` (False: no search begins before its query is there), `mlp_chunk` (tokens of a prompt that projections and
+    MLP take at a time), and after `generate` its `cache` and
     `timing`.
     """
 
@@ -65,6 +67,7 @@ class LLM:
         self.layer_mapping = {str(index): str(layer.device) for index, layer in enumerate(layers)}
         self.frequencies = spec.frequencies.to(layers[0].device)
         self.progress = True
+        self.predicts = True
         self.mlp_chunk = 16384
         self.cache: KV_Cache | None = None
         self.timing: GenerationTiming | None = None
@@ -245,13 +248,30 @@ class LLM:
         hidden = F.embedding(tokens.to(self.device)[:, None], self.embedding)
         positions = torch.tensor(lengths).to(self.device, non_blocking=True)
         cos, sin = self.cos_sin(positions[:, None])
+        foreseen = False
         for index, layer in enumerate(self.layers):
             with _on(layer.device):
                 hidden, cos, sin = (states.to(layer.device) for states in (hidden, cos, sin))
                 query, key, value = layer.project(hidden, cos, sin)
                 cache.decode_update_kv_cache(key, value, index)
-                hidden = layer.finish(hidden, cache.compute(query, index), self.mlp_chunk)
+                if isinstance(cache, StagedCache):
+                    told, foreseen = foreseen, self.foresee(cache, index, hidden, cos, sin)
+                    attended = cache.compute(query, index, told)
+                else:
+                    attended = cache.compute(query, index)
+                hidden = layer.finish(hidden, attended, self.mlp_chunk)
         return self.project_out(hidden[:, -1])
+
+    def foresee(self, cache: StagedCache, index: int, hidden: Tensor, cos: Tensor, sin: Tensor) -> bool:
+        """Posts what the query of the layer behind layer `index` will be about, by the states [B, 1, d] that enter this
+        one, and says so; not where its attention makes nothing of that, or it computes elsewhere. Device work."""
+        behind = index + 1
+        if not self.predicts or behind == len(self.layers) or not cache.foresees(behind):
+            return False
+        if self.layers[behind].device != self.layers[index].device:
+            return False
+        cache.post_foreseen(self.layers[behind].predict_query(hidden, cos, sin), behind)
+        return True
 
     @torch.inference_mode()
     def decode(

@@ -47,10 +47,10 @@ class RecordingCache(FullCache):
             with open(self._part(layer_idx, head), "wb") as file:
                 np.savez(file, **arrays)
 
-    def compute(self, query_states: Tensor, layer_idx: int) -> Tensor:
+    def compute(self, query_states: Tensor, layer_idx: int, foreseen: bool = False) -> Tensor:
         if layer_idx in self._asked:
             self._asked[layer_idx].append(query_states[0, 0].cpu())
-        return super().compute(query_states, layer_idx)
+        return super().compute(query_states, layer_idx, foreseen)
 
     def finish(self) -> None:
         """Adds the decode queries to every file and gives it its name."""

@@ -128,9 +128,13 @@ def retrieve(
     keys_scored: int,
     positions: int,
     clusters: int,
-) -> tuple[int, int]:
+    posted: int,
+    foreseen: int,
+    foreseen_ef: int,
+) -> tuple[int, int, int]:
     """Searches for the `group` queries of each of R kv heads, the rows of all views in their order, and unites what
-    they find; returns how many keys were scored, and how many positions there are.
+    they find; returns how many keys were scored, how many positions there are, and for how many nanoseconds every
+    thread waited for queries.
 
     Addresses of contiguous memory. In: queries [R, group, width] float32, width as KeyStore's dim, and 1 more with
     `extra`; near [R, group, near_stride] int32, of which the first num_near of a query head, -1 pads at the end, are
@@ -138,7 +142,15 @@ def retrieve(
     zeros, by which searches are dealt out, and goes with this step's. Out: ids [R, group, k] int32, best first, -1
     pads; positions [R, group * k] int32: each id of the group once, plus its view's `first`, in the order met, -1 pads;
     clusters likewise: the position's in its view's assignment, or 0. The results are the same for any number of
-    threads. ValueError for views of different widths, for clusters where a view has no assignment, for num_near that
+    threads.
+
+    foreseen, or 0: what the queries will be about, like them. Each search is first one for this, with a beam of
+    foreseen_ef, and goes on for the query with all the keys that it has met, which are scored for both. posted, or 0:
+    where a device writes the queries and `foreseen` meanwhile, like queries; a float32 of the bits 0xffffffff is not
+    there yet. The searches wait, and in the end the queries go to `queries`, while both places get these bits again; or
+    there are -1 positions, where something did not come within .1 s, and both places stay as they are.
+
+    ValueError for views of different widths, for clusters where a view has no assignment, for num_near that
     `near` has not.
     """
 

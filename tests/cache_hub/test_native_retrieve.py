@@ -62,10 +62,15 @@ def retrieve(
     threads: int = 1,
     num_near: int | None = None,
     clusters: bool = True,
+    foreseen: Tensor | None = None,
+    foreseen_ef: int = 0,
+    posted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
     """ids, keys scored, positions, clusters and the two sums; outputs come filled with what none of them holds."""
     options = parts[0].index.options
     asked = torch.cat([asked_vectors(part.queries, part.index.extra is not None) for part in parts])
+    if posted is not None:
+        expected, asked = asked, torch.zeros_like(asked)
     rows, group, _ = asked.shape
     width = 0 if near is None else near.shape[2]
     ids = torch.full((rows, group, k), -7, dtype=torch.int32)
@@ -85,8 +90,13 @@ def retrieve(
         scored.data_ptr(),
         positions.data_ptr(),
         found_in.data_ptr() if clusters else 0,
+        0 if posted is None else posted.data_ptr(),
+        0 if foreseen is None else foreseen.data_ptr(),
+        foreseen_ef,
     )
-    return ids, scored, positions, found_in, *sums
+    if posted is not None and sums[1] >= 0:
+        assert torch.equal(asked, expected), "the queries that came are kept"
+    return ids, scored, positions, found_in, *sums[:2]
 
 
 def in_parts(
@@ -178,7 +188,7 @@ def test_graphs_with_links_in_different_layouts(degree: int, layouts: list[int])
 
 
 def test_no_sequences() -> None:
-    assert _native.retrieve([], 0, 4, 0, 0, 0, 5, 5, 1, 0, 0, 0, 0) == (0, 0)
+    assert _native.retrieve([], 0, 4, 0, 0, 0, 5, 5, 1, 0, 0, 0, 0, 0, 0, 0) == (0, 0, 0)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -190,10 +200,13 @@ def test_what_does_not_fit_is_refused() -> None:
         retrieve([part], None, 5, num_near=3)
     with pytest.raises(ValueError, match="num_threads: got 0, allowed: 1 or more"):
         retrieve([part], None, 5, threads=0)
+    with pytest.raises(ValueError, match="foreseen_ef: got -1, allowed: >= 0"):
+        retrieve([part], None, 5, foreseen_ef=-1)
+    rest = (0, 3, 0, 0, 0, 5, 5, 1, 0, 0, 0)
     with pytest.raises(ValueError, match="keys: got 128, allowed: 64 wide"):
-        _native.retrieve([part.view(True), sequences(63, 3, 128, 1).view(True)], 0, 3, 0, 0, 0, 5, 5, 1, 0, 0, 0, 0)
+        _native.retrieve([part.view(True), sequences(63, 3, 128, 1).view(True)], *rest, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="assignment: got 0, allowed: one for every view"):
-        _native.retrieve([part.view(False)], 0, 3, 0, 0, 0, 5, 5, 1, 0, 0, 0, 1)
+        _native.retrieve([part.view(False)], *rest, 1, 0, 0, 0)
     part.assignment = part.assignment[:, :62]
     with pytest.raises(ValueError, match="tokens: got 62, allowed: 63 or more"):
         part.view(True)
