@@ -31,24 +31,32 @@ class DenseSizes:
 @dataclass(frozen=True)
 class StepStates:
     """The decode steps of all layers where they compute: queries [T, layers, B, 1, H, D], keys and values
-    [T, layers, B, 1, Hkv, D]."""
+    [T, layers, B, 1, Hkv, D]; predicted [T, layers, B, 1, H, D]: what a model predicted the queries to be, zeros in the
+    first layer, which nothing is before; None where they are not recorded."""
 
     queries: Tensor
     keys: Tensor
     values: Tensor
+    predicted: Tensor | None = None
 
 
 class RecordedLayer(DecoderLayer):
     """A decoder layer that computes all that one does, and whose attention then gets recorded states, whatever was
-    projected. states: query [B, 1, H, D], key and value [B, 1, Hkv, D], rewritten for every step."""
+    projected or predicted. states: query [B, 1, H, D], key and value [B, 1, Hkv, D]; predicted [B, 1, H, D]; rewritten
+    for every step."""
 
-    __slots__ = ("states",)
+    __slots__ = ("predicted", "states")
     states: tuple[Tensor, ...]
+    predicted: Tensor
 
     def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         super().project(hidden, cos, sin)
         query, key, value = self.states
         return query, key, value
+
+    def predict_query(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        super().predict_query(hidden, cos, sin)
+        return self.predicted
 
 
 def random_weights(
@@ -91,7 +99,7 @@ def around(layers: Sequence[DecoderLayer], sizes: DenseSizes) -> LLM:
 
 class DenseModel:
     """An LLM of some layers, each with weights of its own, and the output projection; `show` tells it the states of a
-    step.
+    step, and to predict no query where there are no predictions among them.
 
     layer_bytes, head_bytes: what one step reads of a layer's weights, and of the output projection's; layer_ms and
     head_ms: what they take without any attention, once `measure` was called.
@@ -101,13 +109,12 @@ class DenseModel:
         self, shape: Shape, sizes: DenseSizes, layers: int, batch: int, device: str, dtype: torch.dtype
     ) -> None:
         self.device, dim = device, shape.head_dim
-        counts = (shape.heads, shape.kv_heads, shape.kv_heads)
-        self._shown = StepStates(
-            *(torch.zeros(layers, batch, 1, count, dim, device=device, dtype=dtype) for count in counts)
-        )
+        counts = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
+        self._shown = [torch.zeros(layers, batch, 1, count, dim, device=device, dtype=dtype) for count in counts]
         made = [RecordedLayer(*weights) for weights in random_weights(shape, sizes, layers, device, dtype)]
         for number, layer in enumerate(made):
-            layer.states = tuple(states[number] for states in vars(self._shown).values())
+            query, key, value, layer.predicted = (states[number] for states in self._shown)
+            layer.states = query, key, value
         self.llm = around(made, sizes)
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         first = made[0]
@@ -122,8 +129,10 @@ class DenseModel:
 
     def show(self, steps: StepStates, step: int) -> None:
         """Lets the layers' attention get the states of a step."""
-        for name, shown in vars(self._shown).items():
-            shown.copy_(getattr(steps, name)[step])
+        self.llm.predicts = steps.predicted is not None
+        for shown, states in zip(self._shown, (steps.queries, steps.keys, steps.values, steps.predicted), strict=True):
+            if states is not None:
+                shown.copy_(states[step])
 
     @torch.inference_mode()
     def measure(self, warmup: int, steps: int) -> None:

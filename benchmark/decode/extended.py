@@ -6,14 +6,15 @@ positions are held out and come before them. What is too long is cut out behind 
 Wider heads: kv heads h, h + 1, .. of one layer, round the end, side by side, and their query heads likewise; an inner
 product is the sum of theirs. More kv heads: those of the next layers. More query heads in a group: the same ones, the
 second time with those of the neighbouring kv head shifted by one, so that a wide query is another; a head that is not
-widened repeats. Layer i starts at the traces' i-th layer, round the end; sequence b of a batch at the (i + b)-th.
+widened repeats. Predicted queries are put together as the queries they predict. Layer i starts at the traces' i-th
+layer, round the end; sequence b of a batch at the (i + b)-th.
 No model computed such a prompt: good for times, the number of keys scored and recall, not for outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ class Shape:
 class States:
     """One layer of one sequence, on the CPU: the prompt's queries [L, H, D], keys and values [L, Hkv, D], and those of
     the decode steps behind it, [T, H, D] and [T, Hkv, D]. The keys and values of steps whose own no trace holds are
-    those of the prompt's last tokens."""
+    those of the prompt's last tokens. step_predicted [T, H, D]: the predictions of the steps' queries, None where one
+    of the traces' layers that this one is made of has none, or not of all steps."""
 
     queries: Tensor
     keys: Tensor
@@ -60,6 +62,7 @@ class States:
     step_queries: Tensor
     step_keys: Tensor
     step_values: Tensor
+    step_predicted: Tensor | None = None
 
 
 class ExtendedTraces:
@@ -131,8 +134,11 @@ class ExtendedTraces:
         shape, pieces = self.shape, self.pieces(length)
         heads = self.wide_heads(layer, sequence)
         sizes = [(count, number) for count in (length, self.steps) for number in (shape.heads, *[shape.kv_heads] * 2)]
+        numbers = dict.fromkeys(number for number, _ in heads)
+        known = numbers.keys() <= set(self._predicted(length))
+        predicted = torch.empty(self.steps, shape.heads, shape.head_dim, dtype=dtype) if known else None
         made = States(*(torch.empty(*size, shape.head_dim, dtype=dtype) for size in sizes))
-        for number in dict.fromkeys(number for number, _ in heads):
+        for number in numbers:
             mine = [(at, first) for at, (source, first) in enumerate(heads) if source == number]
             begin = 0
             trace = None
@@ -147,7 +153,17 @@ class ExtendedTraces:
                 begin += stop - start
             assert trace is not None
             self._widen(self._steps_of(trace), (made.step_queries, made.step_keys, made.step_values), mine)
-        return made
+            if predicted is not None:
+                assert trace.predicted is not None
+                start = trace.predicted.shape[2] - trace.tests.shape[2] - max(self.steps - trace.tests.shape[2], 0)
+                self._widen_queries(trace.predicted[:, :, start : start + self.steps], predicted, mine)
+        return replace(made, step_predicted=predicted)
+
+    def _predicted(self, length: int) -> list[int]:
+        """The layers with predicted queries of all steps behind a prompt of `length` tokens."""
+        folder = self.pieces(length)[-1][0]
+        held = self._held[self.folders.index(folder)]
+        return [layer for layer in self.layers if folder.predicted.get(layer, -1) >= held]
 
     def _steps_of(self, trace: LayerTrace) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [Hkv, g, T, d], keys and values [Hkv, T, d] of the decode steps behind a prompt."""
@@ -166,14 +182,26 @@ class ExtendedTraces:
     ) -> None:
         """Writes queries [kv, g, n, d], keys and values [kv, n, d] into [n, H, D] and twice [n, Hkv, D]; heads: kv head
         there and the first kv head here."""
-        (queries, keys, values), group = source, self.shape.group
-        for (at, first), part in ((one, part) for one in heads for part in range(self.width)):
-            kv, columns = (first + part) % self.kv_heads, slice(part * self.head_dim, (part + 1) * self.head_dim)
-            target[1][:, at, columns] = keys[kv]
-            target[2][:, at, columns] = values[kv]
+        queries, *others = source
+        self._widen_queries(queries, target[0], heads)
+        for at, kv, _, columns in self._parts(heads):
+            for states, made in zip(others, target[1:], strict=True):
+                made[:, at, columns] = states[kv]
+
+    def _widen_queries(self, queries: Tensor, target: Tensor, heads: Sequence[tuple[int, int]]) -> None:
+        """As `_widen`, of queries alone."""
+        group = self.shape.group
+        for at, kv, part, columns in self._parts(heads):
             for member in range(group):
                 chosen = (member + part * (member // self.group)) % self.group
-                target[0][:, at * group + member, columns] = queries[kv, chosen]
+                target[:, at * group + member, columns] = queries[kv, chosen]
+
+    def _parts(self, heads: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int, slice]]:
+        """Of every wide head its number, and of every kv head in it which one it is, its place and its columns."""
+        for at, first in heads:
+            for part in range(self.width):
+                columns = slice(part * self.head_dim, (part + 1) * self.head_dim)
+                yield at, (first + part) % self.kv_heads, part, columns
 
     def describe(self, length: int) -> dict[str, Any]:
         """How a prompt of `length` tokens is made: which tokens of which prompts, and from how many heads."""
@@ -185,5 +213,6 @@ class ExtendedTraces:
             "kv_heads_side_by_side": self.width,
             "distinct_kv_heads": distinct,
             "query_heads_made_of": min(self.group, self.shape.group),
+            "predicted_layers": self._predicted(length),
             "steps_from_prompt": self._held[self.folders.index(self.pieces(length)[-1][0])],
         }

@@ -5,7 +5,9 @@ Every strategy's own cache is filled with attention states of the wanted shape, 
 for all: a token takes their mean times the number of layers. --dense puts projections and MLP with random weights of
 the true shape between the attentions, and adds the output projection, as CUDA graphs where the strategy can; a layer
 then takes its share of what the step takes without that projection, so that what a step does beside its layers counts
-too often rather than too seldom. Prefill is not done, so not counted.
+too often rather than too seldom. Its layers predict the queries that the model recorded predicted, and none where a
+timed layer but the first lacks them ("predicted" in a row): leave layer 0, which has none, out of --trace_layers.
+Prefill is not done, so not counted.
 
 Beside each time stands its roofline: bytes of keys, values and clusters attended to, where they lie, over the bandwidth
 of plain copies measured in the same run, and with --dense the weights' too; what a search reads is not in it. Stages
@@ -156,7 +158,7 @@ class Latency:
                 **row,
                 "build_seconds_per_layer": built,
                 "fill_seconds_per_layer": seconds / len(self.layers),
-                "extended": self.extended.describe(prompts.length),
+                "extended": self.extended.describe(prompts.length) | {"predicted": steps.predicted is not None},
                 "copy_gb_per_s": self.bandwidths,
                 "notes": remarks(cache, variant.strategy, row, args.device),
                 "settings": variant.settings.model_dump(),

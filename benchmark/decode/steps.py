@@ -98,8 +98,22 @@ def fill(strategy: str, settings: RetroInferConfig, prompts: Prompts, room: int)
     synchronize(device)
     seconds += perf_counter() - begin
     # [T, heads, D] of every layer and sequence -> [T, layers, B, 1, heads, D]
-    states = (torch.stack([torch.stack(layer, 1) for layer in kept], 1)[:, :, :, None] for kept in behind)
-    return cache, StepStates(*states), seconds
+    q, k, v = (torch.stack([torch.stack(layer, 1) for layer in kept], 1)[:, :, :, None] for kept in behind)
+    return cache, StepStates(q, k, v, _predicted(prompts)), seconds
+
+
+def _predicted(prompts: Prompts) -> Tensor | None:
+    """StepStates.predicted, where all sequences have them in all layers but the first."""
+    layers = []
+    for layer in prompts.layers[1:]:
+        made = [prompts.states(layer, sequence).step_predicted for sequence in range(prompts.batch)]
+        known = [one for one in made if one is not None]
+        if len(known) < len(made):
+            return None
+        layers.append(torch.stack(known, 1))
+    if not layers:
+        return None
+    return torch.stack([torch.zeros_like(layers[0]), *layers], 1)[:, :, :, None].to(prompts.device)
 
 
 @torch.inference_mode()

@@ -1,9 +1,9 @@
 """Records the attention states of a model at a prompt: python -m benchmark.index.extract --task vt --output FOLDER
 
 Prefills once and decodes the answer's first tokens greedily, both through full attention. The rotated queries and
-keys, the values, and the queries of the decoded tokens go to FOLDER, a file for each layer and kv head (traces.py says
-how). In the model the query of decode step i also sees the i tokens generated before it and its own; the bench asks it
-about the prompt alone.
+keys, the values, the queries of the decoded tokens, and what these and the prompt's last ones are predicted to be, one
+layer before, go to FOLDER, a file for each layer and kv head (traces.py says how). In the model the query of decode
+step i also sees the i tokens generated before it and its own; the bench asks it about the prompt alone.
 A call with the same settings makes the files that are missing. Exit status 2: bad input.
 """
 
@@ -27,7 +27,7 @@ from ..ruler.sources import Sources
 from .layers import parse_layers
 from .prompts import Prompt, ruler_prompt, text_prompt
 from .recorder import PART, record_states
-from .traces import INFO_FILE, file_name, read_info
+from .traces import INFO_FILE, PREDICTED, file_name, read_info
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -139,7 +139,8 @@ def record(
     if not wanted:
         return f"all {len(files)} files are there"
     group = spec.num_heads // spec.num_key_value_heads
-    file_bytes = 2 * spec.head_dim * ((2 + group) * len(prompt.ids) + group * decode_tokens)
+    asked = 2 * decode_tokens + min(PREDICTED, len(prompt.ids))
+    file_bytes = 2 * spec.head_dim * ((2 + group) * len(prompt.ids) + group * asked)
     if (free := shutil.disk_usage(folder).free) < len(wanted) * file_bytes:
         raise ValueError(f"output: {len(wanted)} files need {len(wanted) * file_bytes:,} bytes, {free:,} are free")
     info: dict[str, Any] = {

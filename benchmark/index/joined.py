@@ -13,7 +13,8 @@ from .traces import LayerTrace
 
 def join_traces(traces: Sequence[LayerTrace]) -> LayerTrace:
     """One layer of several prompts as one prompt, in order; those behind the first lose their sinks, which no index
-    would hold. A query sees the prompts before its own too. The tests of all, one prompt's after the other's.
+    would hold. A query sees the prompts before its own too. The tests of all, one prompt's after the other's;
+    no predicted queries.
 
     Raises ValueError for traces that differ in kv heads, group or head dimension.
     """
@@ -34,7 +35,8 @@ def join_traces(traces: Sequence[LayerTrace]) -> LayerTrace:
 
 def join_heads(trace: LayerTrace) -> LayerTrace:
     """Kv heads 0 and 1, 2 and 3 and so on as one of twice the head dimension, query heads likewise: a query's inner
-    product with a key is the sum of both heads'. A last head without another is left out.
+    product with a key is the sum of both heads'. A last head without another is left out, and so are
+    predicted queries.
 
     Raises ValueError for a trace of one kv head.
     """

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,19 @@ from torch import Tensor
 
 from cache_hub import FullCache
 from model_hub import LLM
+from model_hub.layers import DecoderLayer
 
-from .traces import file_name
+from .traces import PREDICTED, file_name
 
 PART = ".part"
 
 
 class RecordingCache(FullCache):
-    """Writes the prompt's states layer by layer as they come, the decode queries at the end (`finish`).
+    """Writes the prompt's states layer by layer as they come, the decode queries and the predicted ones at the end
+    (`finish`).
 
     wanted: the (layer, kv head) to record. Until `finish` a file ends in .npz.part, so that one with its name is whole.
-    Beside the cache itself, one layer's states in float16 and the decode queries are held. One sequence.
+    Beside the cache itself, one layer's states in float16, the decode and the predicted queries are held. One sequence.
     """
 
     def __init__(self, *, folder: Path, wanted: Collection[tuple[int, int]], **common: Any) -> None:
@@ -32,6 +36,7 @@ class RecordingCache(FullCache):
         self.folder = folder
         self.wanted = sorted(wanted)
         self._asked: dict[int, list[Tensor]] = {layer: [] for layer, _ in self.wanted}
+        self._predicted: dict[int, list[Tensor]] = {}
 
     def store_prompt(self, q: Tensor, k: Tensor, v: Tensor, layer_idx: int, start_bdx: int) -> None:
         """Raises ValueError, naming layer and head, for a state that float16 cannot hold."""
@@ -52,23 +57,59 @@ class RecordingCache(FullCache):
             self._asked[layer_idx].append(query_states[0, 0].cpu())
         return super().compute(query_states, layer_idx, foreseen)
 
+    def predict(self, predicted: Tensor, layer_idx: int) -> None:
+        """Takes predicted queries [1, L, H, D] of a layer: of the prompt's end first, then of every decode step."""
+        self._predicted.setdefault(layer_idx, []).append(predicted[0].cpu())
+
     def finish(self) -> None:
-        """Adds the decode queries to every file and gives it its name."""
+        """Adds the decode queries, and the predicted ones where there are any, to every file and gives it its name."""
         for layer, head in self.wanted:
             group = slice(head * self.group_size, (head + 1) * self.group_size)
             asked = [states[group] for states in self._asked[layer]]
             queries = torch.stack(asked, 1) if asked else torch.zeros(self.group_size, 0, self.head_dim)
+            where = f"of layer {layer}, kv head {head}"
+            arrays = {"q_decode": as_float16(queries, f"decode queries {where}")}
+            if layer in self._predicted:
+                predicted = torch.cat(self._predicted[layer])[:, group].transpose(0, 1)
+                arrays["q_predicted"] = as_float16(predicted, f"predicted queries {where}")
             part = self._part(layer, head)
-            with (
-                zipfile.ZipFile(part, "a") as archive,
-                archive.open("q_decode.npy", "w", force_zip64=True) as file,
-            ):
-                array = as_float16(queries, f"decode queries of layer {layer}, kv head {head}")
-                np.lib.format.write_array(file, array, allow_pickle=False)
+            with zipfile.ZipFile(part, "a") as archive:
+                for name, array in arrays.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                        np.lib.format.write_array(file, array, allow_pickle=False)
             os.replace(part, part.with_suffix(""))
 
     def _part(self, layer: int, head: int) -> Path:
         return self.folder / (file_name(layer, head) + PART)
+
+
+class WatchedLayer(DecoderLayer):
+    """A decoder layer that tells what `following`, the layer behind it, predicts its queries to be of what enters this
+    one: of a prompt's last PREDICTED tokens, and of every decode step. tell: is given the predictions [b, L, H, D]."""
+
+    __slots__ = ("following", "tell", "watched")
+    watched: DecoderLayer
+    following: DecoderLayer
+    tell: Callable[[Tensor], None]
+
+    @classmethod
+    def of(cls, watched: DecoderLayer, following: DecoderLayer, tell: Callable[[Tensor], None]) -> WatchedLayer:
+        made = cls(*(getattr(watched, one.name) for one in fields(watched)))
+        made.watched, made.following, made.tell = watched, following, tell
+        return made
+
+    def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self._predict(hidden, cos, sin)
+        return self.watched.project(hidden, cos, sin)
+
+    def project_prompt(self, hidden: Tensor, cos: Tensor, sin: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+        self._predict(*(states[:, -PREDICTED:] for states in (hidden, cos, sin)))
+        return self.watched.project_prompt(hidden, cos, sin, chunk)
+
+    def _predict(self, *states: Tensor) -> None:
+        hidden, cos, sin = (one.to(self.following.device) for one in states)
+        with torch.cuda.device_of(hidden):
+            self.tell(self.following.predict_query(hidden, cos, sin))
 
 
 def as_float16(states: Tensor, what: str) -> np.ndarray:
@@ -99,7 +140,15 @@ def record_states(
         dtype=llm.dtype,
         layer_mapping=llm.layer_mapping,
     )
-    first = llm.prefill(torch.tensor([ids]), None, cache).argmax(-1)
-    answer = torch.cat((first[:, None], llm.decode(cache, first, decode_tokens, stop_ids=llm.eos_ids)), 1)
+    layers = llm.layers
+    llm.layers = list(layers)
+    for layer in {layer for layer, _ in wanted if layer > 0}:
+        tell = partial(cache.predict, layer_idx=layer)
+        llm.layers[layer - 1] = WatchedLayer.of(layers[layer - 1], layers[layer], tell)
+    try:
+        first = llm.prefill(torch.tensor([ids]), None, cache).argmax(-1)
+        answer = torch.cat((first[:, None], llm.decode(cache, first, decode_tokens, stop_ids=llm.eos_ids)), 1)
+    finally:
+        llm.layers = layers
     # The last token was only predicted, none of its states exist.
     return cache, answer[0, : cache.generated[0]].tolist()

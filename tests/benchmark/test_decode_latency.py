@@ -1,16 +1,19 @@
 """The latency of a decode token: how traces are extended, what a row says, resume, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from index_cases import write_trace
+from index_cases import random_head, write_trace
 
 from benchmark.decode import latency, latency_plot
 from benchmark.decode.dense import DenseModel, DenseSizes, StepStates
 from benchmark.decode.extended import ExtendedTraces, Shape
+from benchmark.decode.steps import Prompts, fill
 from benchmark.index.traces import TraceFolder, open_folder
 from cache_hub import make_cache
 from config import RetroInferConfig
@@ -75,6 +78,69 @@ def test_steps_beyond_those_recorded_are_held_out_and_told(tmp_path: Path) -> No
     assert told["pieces"] == [["a", 0, 4], ["a", 4, 194]]
 
 
+def predicted_folders(tmp_path: Path, tests: int = 4, n: int = 150) -> list[TraceFolder]:
+    """Two prompts with layers 0 to 3, of which all but the first have predicted queries."""
+    sizes: dict[str, Any] = {"kv_heads": 3, "group": 3, "dim": 16, "tests": tests, "layers": (0, 1, 2, 3), "n": n}
+    return [open_folder(write_trace(tmp_path / name, predicted=(1, 2, 3), **sizes)) for name in ("a", "b")]
+
+
+def test_predicted_queries_are_put_together_as_queries(tmp_path: Path) -> None:
+    folders = predicted_folders(tmp_path)
+    told = {}
+    for layer in (1, 2, 3):  # the same trace with the queries of the steps predicted
+        for head, path in folders[1].files[layer].items():
+            arrays = random_head(n=150, group=3, dim=16, seed=100 * layer + head)
+            arrays["q_predicted"] = np.concatenate((arrays["q"][:, -64:], arrays["q_decode"]), 1)
+            np.savez(path, **arrays)
+    for steps in (3, 4, 10):
+        extended = ExtendedTraces([folders[0], open_folder(folders[1].path)], Shape(4, 16, 4, 32), steps)
+        for layer, sequence in ((1, 0), (0, 1), (2, 0)):
+            states = extended.states(layer, sequence, 200, torch.float32)
+            assert states.step_predicted is not None
+            assert torch.equal(states.step_predicted, states.step_queries), f"{steps} steps, layer {layer}"
+        told[steps] = extended.describe(200)["predicted_layers"]
+    assert told == {3: [1, 2, 3], 4: [1, 2, 3], 10: [1, 2, 3]}
+
+
+def test_predicted_queries_are_those_of_the_last_prompt(tmp_path: Path) -> None:
+    a, b = predicted_folders(tmp_path, tests=0)
+    states = ExtendedTraces([a, b], Shape(4, 9, 3, 16), steps=20).states(2, 0, 100, torch.float32)
+    trace = a.load(2)
+    assert states.step_predicted is not None
+    assert trace.predicted is not None
+    assert torch.equal(states.step_predicted[:, 5], trace.predicted[1, 2, 44:].float()), "4 before the 16 held out"
+
+
+def test_no_predicted_queries_where_a_layer_or_a_step_has_none(tmp_path: Path) -> None:
+    a, b = predicted_folders(tmp_path)
+    extended = ExtendedTraces([a, b], Shape(4, 12, 4, 16), steps=68)
+    known = [extended.states(layer, 0, 80, torch.float32).step_predicted is not None for layer in range(4)]
+    assert known == [False, True, True, False], "layer 0 has none, and the last takes its fourth kv head from there"
+    later = ExtendedTraces([a, b], Shape(4, 12, 4, 16), steps=69)
+    assert later.states(1, 0, 80, torch.float32).step_predicted is None, "65 steps from the prompt, 64 are predicted"
+    assert (extended.describe(80)["predicted_layers"], later.describe(80)["predicted_layers"]) == ([1, 2, 3], [])
+
+
+@pytest.mark.parametrize(
+    ("layers", "batch", "known"),
+    [([0, 1], 1, True), ([1, 2], 2, True), ([1, 3], 2, False), ([1, 0], 1, False), ([2], 1, False)],
+)
+def test_steps_have_predicted_queries_where_all_layers_but_the_first_do(
+    tmp_path: Path, layers: list[int], batch: int, known: bool
+) -> None:
+    extended = ExtendedTraces(predicted_folders(tmp_path), Shape(4, 6, 2, 16), steps=3)
+    prompts = Prompts(extended, layers, batch, 90, 1, "cpu", torch.float32)
+    _, steps, _ = fill("full", RetroInferConfig(), prompts, 4)
+    assert (steps.predicted is not None) == known
+    if steps.predicted is not None:
+        assert steps.predicted.shape == steps.queries.shape
+        for sequence in range(batch):
+            expected = prompts.states(layers[1], sequence).step_predicted
+            assert expected is not None
+            assert torch.equal(steps.predicted[:, 1, sequence, 0], expected)
+        assert not steps.predicted[:, 0].any()
+
+
 SHAPE = ["--shape", "3,8,2,32", "--layers", "2", "--dtype", "fp32", "--device", "cpu"]
 FEW = ["--steps", "3", "--warmup", "1", "--recall_steps", "2", "--set", "attention_aware_graph.top_k=20"]
 
@@ -113,6 +179,7 @@ def test_a_row_for_every_strategy(traces: Path, capsys: pytest.CaptureFixture[st
         assert row["roofline_ms_per_layer"] == pytest.approx(row["device_bytes_per_layer"] / 10e6)
         assert row["share_of_roofline"] == pytest.approx(row["roofline_ms_per_token"] / row["ms_per_token"])
         assert row["extended"]["pieces"][-1] == ["b", 4, 150]
+        assert not row["extended"]["predicted"]
         assert row["environment"]["packages"]["torch"]
         if name == "full":
             assert attended == 300 + 1 + 2, "the prompt, a step to warm up, the mean of three"
@@ -142,6 +209,14 @@ def test_the_wave_index_and_what_is_dense(traces: Path) -> None:
     weights = 3 * 4 * (24 * (8 + 4) * 32 + 24 * 8 * 32 + 3 * 24 * 40) + 4 * 24 * 50
     assert row["roofline_ms_per_token"] == pytest.approx(3 * row["roofline_ms_per_layer"] + weights / 10e6)
     assert min(row["dense_ms_per_layer"], row["head_ms"]) > 0
+
+
+def test_rows_tell_that_queries_were_predicted(tmp_path: Path) -> None:
+    predicted_folders(tmp_path)
+    words = "--strategies full --context_len 200 --trace_layers 1-3 --dense --hidden 24 --mlp 40 --vocab 50"
+    assert call(tmp_path, *words.split()) == 0
+    (row,) = written(tmp_path)["rows"]
+    assert (row["extended"]["predicted"], row["extended"]["predicted_layers"]) == (True, [1, 2, 3])
 
 
 @pytest.mark.gpu
@@ -176,6 +251,13 @@ def test_a_dense_models_attention_gets_the_recorded_states() -> None:
     for layer in range(2):
         assert torch.equal(cache._keys[layer][:, :, 6], steps.keys[4, layer, :, 0])
         assert torch.equal(cache._values[layer][:, :, 6], steps.values[4, layer, :, 0])
+    assert not dense.llm.predicts, "nothing is known to be predicted"
+    predicted = torch.randn(5, 2, 3, 1, 4, 8)
+    dense.show(replace(steps, predicted=predicted), 3)
+    assert dense.llm.predicts
+    cos, sin = dense.llm.cos_sin(torch.zeros(3, 1))
+    for decoder, expected in zip(dense.layers, predicted[3], strict=True):
+        assert torch.equal(decoder.predict_query(torch.randn(3, 1, 16), cos, sin), expected)
     first, second = (layer.qkv.weight for layer in dense.layers)
     assert not torch.equal(first, second), "weights of their own"
     dense.measure(1, 2)

@@ -15,13 +15,14 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from benchmark.index import __main__ as command
 from benchmark.index import extract
 from benchmark.index.prompts import ruler_prompt
-from benchmark.index.recorder import as_float16
+from benchmark.index.recorder import as_float16, record_states
 from benchmark.index.traces import file_name, open_folder
 from benchmark.ruler.chat import chat_template
 from benchmark.ruler.generator import Setting
 from benchmark.ruler.samples import make_rows
 from benchmark.ruler.sources import Sources
 from benchmark.ruler.specs import TASKS
+from model_hub import load_model
 
 LAYERS, KV_HEADS, GROUP, DIM, LENGTH, STEPS = 3, 2, 2, 16, 150, 6
 
@@ -115,6 +116,40 @@ def test_states_are_those_of_the_model(model_folder: Path, words: list[str], tmp
     assert command.main(["--traces", str(folder), "--strategies", "full", "--output", str(tmp_path / "o.json")]) == 0
     (row,) = json.loads((tmp_path / "o.json").read_text())["rows"]
     assert row["output_error"]["worst_head"] < 1e-5
+
+
+@pytest.mark.parametrize(("length", "layers"), [(LENGTH, "0-2"), (37, "2")])
+def test_predicted_queries_are_of_what_enters_the_layer_before(
+    model_folder: Path, words: list[str], tmp_path: Path, length: int, layers: str
+) -> None:
+    assert extract.main([*words, "--context_len", str(length), "--layers", layers]) == 0
+    folder = open_folder(tmp_path / "trace")
+    assert folder.predicted == {layer: min(64, length) for layer in folder.files if layer > 0}
+    info = json.loads((tmp_path / "trace" / "trace.json").read_text())
+    ids = list((tmp_path / "text.txt").read_bytes()[:length]) + info["decoded"]
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    llm = load_model(str(model_folder), 512, "fp32", "cpu")
+    with torch.inference_mode():
+        entering = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        cos, sin = llm.cos_sin(torch.arange(len(ids))[None])
+        for layer in folder.predicted:
+            trace, last = folder.load(layer), slice(-min(64, length) - STEPS, None)
+            states = entering[layer - 1][:, last], cos[:, last], sin[:, last]
+            expected = llm.layers[layer].predict_query(*states)[0].unflatten(1, (KV_HEADS, GROUP)).permute(1, 2, 0, 3)
+            assert trace.predicted is not None
+            torch.testing.assert_close(trace.predicted.float(), expected, rtol=2e-3, atol=2e-3)
+            asked = torch.cat((trace.queries, trace.tests), 2)[:, :, last]
+            assert not torch.allclose(trace.predicted, asked, rtol=0.1, atol=0.1), "not the queries themselves"
+
+
+def test_a_recorded_model_has_its_own_layers_back(model_folder: Path, tmp_path: Path) -> None:
+    llm = load_model(str(model_folder), 512, "fp32", "cpu")
+    layers, own = llm.layers, list(llm.layers)
+    record_states(llm, list(range(70)), 2, tmp_path, [(1, 0)])
+    assert (llm.layers is layers, layers) == (True, own)
+    with pytest.raises(ValueError, match="token ids"):
+        record_states(llm, [256], 2, tmp_path, [(1, 0)])
+    assert (llm.layers is layers, layers) == (True, own)
 
 
 def test_missing_files_are_made_and_whole_ones_kept(

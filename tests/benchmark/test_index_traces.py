@@ -42,6 +42,30 @@ def test_without_decode_queries_the_last_positions_are_held_out(tmp_path: Path, 
     assert torch.equal(trace.values[0], torch.from_numpy(arrays["v"][:-HELD_OUT]))
 
 
+@pytest.mark.parametrize(("tests", "n", "before"), [(4, 300, 64), (4, 37, 37), (0, 300, 48), (0, 37, 21)])
+def test_predicted_queries_are_of_the_last_positions_and_the_tests(
+    tmp_path: Path, tests: int, n: int, before: int
+) -> None:
+    folder = open_folder(write_trace(tmp_path / "a", layers=(0, 1, 2), n=n, tests=tests, predicted=(1, 2)))
+    assert folder.predicted == {1: before, 2: before}
+    assert folder.load(0).predicted is None
+    trace = folder.load(2)
+    assert trace.predicted is not None
+    assert trace.predicted.shape == (2, 3, before + trace.tests.shape[2], 32)
+    expected = random_head(n=n, tests=tests, seed=201, predicted=True)["q_predicted"]
+    assert torch.equal(trace.predicted[1], torch.from_numpy(expected))
+
+
+def test_some_kv_heads_of_a_layer_without_predicted_queries_are_refused(tmp_path: Path) -> None:
+    folder = write_trace(tmp_path / "a", predicted=(2,))
+    for head, told in ((1, "k, v, q_decode, allowed: q, k, v, q_decode, q_predicted"), (0, "q_predicted, allowed: q,")):
+        np.savez(folder / file_name(2, 0), **random_head(seed=200, predicted=True))
+        np.savez(folder / file_name(2, head), **random_head(seed=200 + head))
+        with pytest.raises(ValueError, match=rf"layer02_head01.npz: has .*{told}"):
+            open_folder(folder)
+        np.savez(folder / file_name(2, 1), **random_head(seed=201, predicted=True))
+
+
 def test_too_short_to_hold_out(tmp_path: Path) -> None:
     write_trace(tmp_path / "a", n=HELD_OUT, tests=0)
     with pytest.raises(ValueError, match=r"layer 0: 16 tokens and no q_decode, allowed: more than the 16 positions"):
@@ -56,6 +80,9 @@ def test_too_short_to_hold_out(tmp_path: Path) -> None:
         ({"k": np.zeros((1, 300, 32), np.float16)}, "shapes do not fit"),
         ({"q": np.zeros((300, 32), np.float16)}, "shapes do not fit"),
         ({"q_decode": np.zeros((2, 4, 32), np.float16)}, "shapes do not fit"),
+        ({"q_predicted": np.zeros((3, 67, 32), np.float16)}, r"shapes do not fit.*allowed: .*q_predicted \[g, min"),
+        ({"q_predicted": np.zeros((68, 32), np.float16)}, "shapes do not fit"),
+        ({"q_predicted": np.zeros((3, 68, 32))}, "q_predicted is float64, allowed: float16, float32"),
         ({"k": np.zeros((300, 32), np.int32)}, "k is int32, allowed: float16, float32"),
         ({"q": np.array([{}])}, "not a readable .npz file of plain arrays: Object arrays"),
     ],
@@ -69,9 +96,9 @@ def test_bad_arrays_are_refused(tmp_path: Path, change: dict[str, np.ndarray | N
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["q", "k", "v", "q_decode"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "q_decode", "q_predicted"])
 def test_nan_and_infinity_are_refused(tmp_path: Path, name: str, value: float) -> None:
-    arrays = random_head()
+    arrays = random_head(predicted=True)
     arrays[name][..., 2, 5] = value
     np.savez(tmp_path / "layer00_head00.npz", **arrays)
     with pytest.raises(ValueError, match=rf"{name} holds {value} at \[.*2, 5\], allowed: finite values"):
