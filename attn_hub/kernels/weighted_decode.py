@@ -1,4 +1,4 @@
-"""Triton kernels of weighted decode attention: split-K flash-decoding over rows gathered by id, then one merge.
+"""Weighted decode attention by Triton kernels: split-K flash-decoding over rows gathered by id, then one merge.
 
 Source: the split and merge of flash-decoding with the partial softmaxes of RetrievalAttention (arXiv 2409.10516)
 appendix B.1; additive log weights as in RetroInfer (arXiv 2505.02922). Rows and ids are read where they lie, in GPU

@@ -1,10 +1,10 @@
-"""The kernels of `attn_hub.kernels.weighted_decode`: the splits of one part, of two in one launch, and their merge."""
+"""The kernels of `attn_hub.kernels.weighted_decode`: splits of one part, of two parts in one launch, and the merge."""
 
 import triton
 import triton.language as tl
 
-# What changes from step to step must not compile a kernel anew. Triton would specialise members of a tuple for it, so
-# the arguments of the second part are arguments as well.
+# What changes from step to step must not compile a kernel anew. Triton specialises for each member of a tuple, whatever
+# is asked for (3.6 to 3.9), so that two parts are two rows of arguments.
 _VARYING = [
     "num_rows", "num_splits", "first_split",
     "stride_ib", "stride_il", "stride_wb", "stride_wh", "stride_wg", "stride_jb", "stride_jl",
