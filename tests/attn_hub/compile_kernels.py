@@ -8,7 +8,7 @@ from triton.compiler import ASTSource
 from attn_hub.kernels.copy_rows import copy_rows_kernel
 from attn_hub.kernels.hand_over import append_token_kernel, post_kernel
 from attn_hub.kernels.rotate import rotate_kernel
-from attn_hub.kernels.weighted_decode import attend_rows_kernel, merge_splits_kernel
+from attn_hub.kernels.weighted_rows import attend_pair_kernel, attend_rows_kernel, merge_splits_kernel
 from cache_hub.cluster_kernels import nearest_centroid_kernel, sum_members_kernel
 from cache_hub.index.chunk_topk import chunk_maxima_kernel, chunk_scores_kernel, largest_kernel
 from cache_hub.index.co_occurrence_kernels import first_from_kernel, nearest_in_lists_kernel
@@ -34,16 +34,17 @@ def compile_kernel(
         raise SystemExit(f"{kernel.__name__} on sm_{capability}: {compiled.metadata.shared} B of shared memory")
 
 
-def compile_attend(capability: int, store: str, block_rows: int, head_dim: int, optional: dict[str, str]) -> None:
+def compile_attend(capability: int, store: str, block_rows: int, head_dim: int, *parts: dict[str, str]) -> None:
+    """parts: the optional arguments of one part, or of two that share a launch."""
     compute = {"*bf16": tl.bfloat16, "*fp32": tl.float32}[store]
     constants = {"HEAD_DIM": head_dim, "HEADS_PER_LIST": 4, "LISTS_PER_KV_HEAD": 1, "COMPUTE": compute}
     constants |= {"BLOCK_H": 16, "BLOCK_N": block_rows, "BLOCK_D": triton.next_power_of_2(head_dim)}
-    constants |= {
-        name: None for name in ("ids", "log_weights", "lengths", "stand_ins", "stand_in_ids") if name not in optional
-    }
-    types = {"query": store, "keys": store, "values": store, "scale": "fp32"}
-    types |= {"partial_out": "*fp32", "partial_sum": "*fp32", "partial_max": "*fp32", **optional}
-    compile_kernel(attend_rows_kernel, capability, types, constants)
+    types = {"query": store, "scale": "fp32", "partial_out": "*fp32", "partial_sum": "*fp32", "partial_max": "*fp32"}
+    for prefix, optional in zip(("", "second_"), parts, strict=False):
+        absent = {"ids", "log_weights", "lengths", "stand_ins", "stand_in_ids"} - optional.keys()
+        constants |= {prefix + name: None for name in absent}
+        types |= {prefix + name: kind for name, kind in ({"keys": store, "values": store} | optional).items()}
+    compile_kernel(attend_rows_kernel if len(parts) == 1 else attend_pair_kernel, capability, types, constants)
 
 
 def compile_topk(capability: int, dtype: str, dim: int, beside: str | None) -> None:
@@ -99,6 +100,9 @@ if __name__ == "__main__":
     compile_attend(90, "*fp32", 32, 128, {"ids": "*i64"})
     compile_attend(90, "*bf16", 16, 128, {"ids": "*i32", "stand_ins": "*bf16", "stand_in_ids": "*i32"})
     compile_attend(90, "*fp32", 32, 128, {"ids": "*i32", "stand_ins": "*fp32", "stand_in_ids": "*i32"})
+    for capability in (80, 90):
+        compile_attend(capability, "*bf16", 64, 128, {"lengths": "*i32"}, {"log_weights": "*fp32"})
+    compile_attend(80, "*fp32", 32, 128, {"lengths": "*i32"}, {"ids": "*i64", "log_weights": "*fp32"})
     merge_types = {"partial_out": "*fp32", "partial_sum": "*fp32", "partial_max": "*fp32", "out": "*bf16"}
     compile_kernel(merge_splits_kernel, 80, merge_types, {"HEAD_DIM": 80, "BLOCK_S": 32, "BLOCK_D": 128})
     copy_types = {"source": "*bf16", "target": "*bf16", "source_ids": "*i64", "target_ids": "*i64"}
