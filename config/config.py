@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from config.schema import ESTIMATING, ModelConfig, RetroInferConfig, resolve_strategy
+from config.schema import MAY_ESTIMATE, ModelConfig, RetroInferConfig, resolve_strategy
 from config.section import ConfigError
 
 CONFIG_DIR = Path(__file__).parent
@@ -131,7 +131,7 @@ def _check_run(settings: RetroInferConfig, context_len: int, attn_type: str, giv
             f"allowed: {strategy!r}, or attn_type 'RetroInfer', which runs what retrieval_strategy names"
         )
     static = settings.static_pattern_start + settings.static_pattern_end
-    indexed = strategy in ESTIMATING and context_len > static + settings.attention_aware_graph.key_degree
+    indexed = strategy in MAY_ESTIMATE and context_len > static + settings.attention_aware_graph.key_degree
     key, top_k = settings.top_k_of(strategy)
     if top_k > context_len and (indexed or key in given):
         raise ConfigError(f"RetroInfer.{key}: got {top_k}, allowed: 1 to {context_len} (the context length)")

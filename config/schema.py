@@ -12,7 +12,9 @@ from config.section import ConfigError, Section
 RetrievalStrategy = Literal["full", "flat", "attention_aware_graph", "wave_index", "ivf", "hnsw", "auto"]
 RETRIEVAL_STRATEGIES: tuple[str, ...] = get_args(RetrievalStrategy)
 # Those that retrieve tokens by an index, and can estimate the rest.
-ESTIMATING = ("flat", "attention_aware_graph", "ivf", "hnsw", "auto")
+ESTIMATING = ("flat", "attention_aware_graph", "ivf", "hnsw")
+# "auto" is one of these.
+MAY_ESTIMATE = (*ESTIMATING, "auto")
 Estimation = Literal["none", "centroid", "softmax_lift"]
 ESTIMATIONS: tuple[str, ...] = get_args(Estimation)
 ATTENTION_TYPES: tuple[str, ...] = ("Full_Flash_Attn", "RetroInfer")
@@ -290,9 +292,9 @@ def with_estimation(name: str, settings: RetroInferConfig) -> tuple[str, RetroIn
         raise ConfigError(f"strategy: got {strategy!r}, allowed: {', '.join(RETRIEVAL_STRATEGIES)}")
     if not plus:
         return strategy, settings
-    if strategy not in ESTIMATING:
+    if strategy not in MAY_ESTIMATE:
         raise ConfigError(
-            f"strategy: got {name!r}, allowed: {strategy!r}; an estimation goes with {', '.join(ESTIMATING)}"
+            f"strategy: got {name!r}, allowed: {strategy!r}; an estimation goes with {', '.join(MAY_ESTIMATE)}"
         )
     if estimation not in ESTIMATIONS:
         raise ConfigError(f"estimation: got {estimation!r} in {name!r}, allowed: {', '.join(ESTIMATIONS)}")

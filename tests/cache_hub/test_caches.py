@@ -14,7 +14,7 @@ from config.schema import ESTIMATING
 
 
 def test_the_registry_and_the_configuration_name_the_same_strategies() -> None:
-    assert tuple(STRATEGIES) == RETRIEVAL_STRATEGIES
+    assert (*STRATEGIES, "auto") == RETRIEVAL_STRATEGIES
 
 
 def attend_to_all(strategy: str, n: int, estimation: str = "centroid") -> RetroInferConfig:
@@ -30,7 +30,7 @@ def attend_to_all(strategy: str, n: int, estimation: str = "centroid") -> RetroI
 
 @pytest.mark.parametrize("lengths", [[1], [63], [257], [300, 131], [257, 20, 200]])
 @pytest.mark.parametrize(("group", "dim"), [(1, 64), (3, 64), (4, 128)])
-@pytest.mark.parametrize("strategy", RETRIEVAL_STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_retrieving_everything_equals_full_attention(strategy: str, lengths: list[int], group: int, dim: int) -> None:
     run = Run(lengths, group, dim=dim)
     cache = make_cache(strategy, attend_to_all(strategy, 257), **run.common())
@@ -169,7 +169,7 @@ def test_settings_that_need_another_build_have_another_key() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("lengths", [[63], [300, 131]])
-@pytest.mark.parametrize("strategy", RETRIEVAL_STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_retrieving_everything_on_a_gpu_with_the_prompt_in_pinned_memory(strategy: str, lengths: list[int]) -> None:
     run = Run(lengths, group=4, dim=128, device="cuda:0")
     cache = make_cache(strategy, attend_to_all(strategy, 300), **run.common(diagnose=True))

@@ -56,7 +56,7 @@ def test_every_layer_but_the_first_begins_with_its_predicted_query(
         inputs.append(tuple(states.clone() for states in given))
         return project(self, *given)
 
-    logits, cache = steps(llm, lengths)
+    _, cache = steps(llm, lengths)
     hints.clear()
     monkeypatch.setattr(type(llm.layers[0]), "project", watched)
     cache.rewind()
