@@ -31,6 +31,11 @@ class GraphConfig(Section):
         description="nearest keys listed for each prompt query at build; the first is the pivot, so 1 gives no link. "
         "32 with a wide beam found more than 100 with twice the degree, in sketches on traces of 8,192 tokens",
     )
+    query_stride: int = Field(
+        default=1,
+        ge=1,
+        description="of the prompt queries before the last 4,096 of each head, every so manieth is listed; 1: all are",
+    )
     key_degree: int = Field(
         default=32,
         ge=2,

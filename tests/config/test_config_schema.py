@@ -21,6 +21,7 @@ from config import (
 
 GRAPH_DEFAULTS = {
     "q_knn": 32,
+    "query_stride": 1,
     "key_degree": 32,
     "key_links": 24,
     "projection": "auto",
@@ -63,6 +64,7 @@ def test_every_key_is_described() -> None:
     ("key", "value", "allowed"),
     [
         ("q_knn", 1, ">= 2"),
+        ("query_stride", 0, ">= 1"),
         ("key_degree", 0, ">= 2"),
         ("key_degree", 1, ">= 2"),
         ("key_links", -1, ">= 0"),
