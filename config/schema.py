@@ -34,7 +34,7 @@ class GraphConfig(Section):
     query_stride: int = Field(
         default=1,
         ge=1,
-        description="of the prompt queries before the last 4,096 of each head, every so manieth is listed; 1: all are",
+        description="of the prompt queries before the last 4,096 of each head, every query_stride-th is listed; 1: all are",
     )
     key_degree: int = Field(
         default=32,

@@ -52,7 +52,7 @@ def test_queries_without_positions_see_every_key() -> None:
 
 
 @pytest.mark.parametrize(("queries", "stride"), [(0, 3), (1, 5), (4096, 7), (4097, 2), (9001, 4), (9001, 1)])
-def test_all_late_queries_are_listed_and_of_those_before_every_so_manieth(queries: int, stride: int) -> None:
+def test_all_late_queries_are_listed_and_of_those_before_every_stride_th(queries: int, stride: int) -> None:
     kept = [i for i in range(queries) if queries - i <= knn.ALWAYS_LISTED or (queries - 1 - i) % stride == 0]
     assert listed_queries(queries, stride).tolist() == kept
 
