@@ -15,7 +15,7 @@ from ..pinned import copying, rows_on
 from . import _native
 from .base import SearchResult, TokenIndex, asked_vectors, check_build, check_insert, check_search, lift, nothing_left
 from .key_store import CompactKeys, as_key_store, stored_key_bytes
-from .knn import causal_knn, key_knn
+from .knn import causal_knn, key_knn, listed_queries
 from .links import PackedLinks
 from .metric import LATE_QUERIES, KeyMetric, query_moment, square_root
 from .stage_clock import StageClock
@@ -80,7 +80,7 @@ class AttentionAwareGraphIndex(TokenIndex):
         how = (o.graph_build_batch, o.knn_backend, self.num_threads)
         if keys_there is None:
             keys_there = rows_on(keys, queries.device)
-        by_query = causal_knn(keys_there, queries, positions, o.q_knn, *how, extra=extra)
+        by_query = causal_knn(keys_there, queries, positions, o.q_knn, *how, extra=extra, stride=o.query_stride)
         clock.stage("query_key_knn")
         wanted = o.key_degree if o.key_links else 0
         root = self._root(queries, extra is not None)
@@ -104,7 +104,7 @@ class AttentionAwareGraphIndex(TokenIndex):
     def _finish(
         self, keys: Tensor, extra: Tensor | None, links: Tensor, pivots: Tensor, copied: torch.cuda.Event
     ) -> None:
-        """The CPU's part, behind `copied`: links [R, N, degree], and the first ids [R, g, M] of the queries' lists."""
+        """The CPU's part, behind `copied`: links [R, N, degree], and the first ids [R, g, M'] of the queries' lists."""
         clock = StageClock(self.build_seconds, keys.device)
         copied.synchronize()
         clock.stage("links_copy")
@@ -378,9 +378,10 @@ class AttentionAwareGraphIndex(TokenIndex):
     def build_bytes(self, rows: int, group: int, queries: int, keys: int, dim: int) -> int:
         """See TokenIndex.build_bytes; the neighbour lists of queries and keys, and the links before they are packed."""
         o = self.options
+        listed = len(listed_queries(queries, o.query_stride))
         places = min(o.key_degree, keys - 1) if o.key_links else 0
         places += PackedLinks.capacity(keys, o.key_degree)
-        return 4 * rows * (group * queries * o.q_knn + keys * places)
+        return 4 * rows * (group * listed * o.q_knn + keys * places)
 
     @property
     def nbytes(self) -> int:

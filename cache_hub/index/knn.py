@@ -19,6 +19,8 @@ from .knn_backends import BACKENDS, choose_backend
 _KEY_BLOCK = 1024
 # Queries of one task of the native code: packing the keys costs little beside them, their candidates are in the caches.
 _NATIVE_BLOCK = 2048
+# Last prompt queries of each head that are listed whatever the stride: links follow the latest lists, entries the last.
+ALWAYS_LISTED = 4096
 
 
 def causal_knn(
@@ -30,24 +32,30 @@ def causal_knn(
     backend: str = "auto",
     num_threads: int | None = None,
     extra: Tensor | None = None,
+    stride: int = 1,
 ) -> Tensor:
-    """Exact k nearest keys by inner product for every query, among the keys it may see.
+    """Exact k nearest keys by inner product for the queries that listed_queries names, among the keys each may see.
 
     keys [R, N, D], queries [R, g, M, D] (any float dtype; computed in float32 on the queries' device), positions [M]
-    and extra [R, N] as in TokenIndex.build. Returns [R, g, M, k] int32 on the queries' device, best first, -1 pads.
+    and extra [R, N] as in TokenIndex.build. Returns [R, g, M', k] int32 on the queries' device, best first, -1 pads,
+    for M' = M queries where stride is 1.
     A thread works on `block` queries at a time; beside them it holds their lists, and with the torch backend their
-    scores, block x N. native takes at most 2048, for which it holds what native_topk says. triton takes all g x M of a
-    row, of which it makes a float32 copy where keys have another type, and holds what streaming_topk says.
+    scores, block x N. native takes at most 2048, for which it holds what native_topk says. triton takes all g x M' of a
+    row, of which it makes a copy where M' < M or keys have another type, and holds what streaming_topk says.
     """
     rows, n, dim = keys.shape
-    group, m = queries.shape[1:3]
+    group, asked_of = queries.shape[1:3]
     device = queries.device
+    listed = None if stride == 1 else listed_queries(asked_of, stride)
+    m = asked_of if listed is None else len(listed)
     backend = choose_backend(backend, device)
     on_gpu = backend == "triton"
     lists_of, block = BACKENDS[backend], max(m, 1) if on_gpu else _block(backend, block)
     heads_at_once = group if on_gpu else 1
     where = device if on_gpu else torch.device("cpu")
-    visible = torch.full((m,), n, device=where) if positions is None else (positions.to(where) + 1).clamp(0, n)
+    visible = torch.full((asked_of,), n, device=where) if positions is None else (positions.to(where) + 1).clamp(0, n)
+    if listed is not None:
+        visible, listed = visible[listed.to(where)], listed.to(device)
     dtype = keys.dtype if on_gpu and keys.dtype == queries.dtype else torch.float32
     # The native code reads the store as it is.
     keys = keys.to(device) if backend == "native" else keys.to(device, dtype).contiguous()
@@ -56,7 +64,8 @@ def causal_knn(
 
     def work(r: int, head: int, begin: int) -> None:
         heads, part = slice(head, head + heads_at_once), slice(begin, min(begin + block, m))
-        asked = queries[r, heads, part].to(dtype).reshape(-1, dim).contiguous()
+        chosen = queries[r, heads, part] if listed is None else queries[r, heads].index_select(1, listed[part])
+        asked = chosen.to(dtype).reshape(-1, dim).contiguous()
         beside = None if held is None else (held[r], torch.ones(len(asked), device=device))
         found = lists_of(keys[r], asked, visible[part].repeat(heads_at_once), k, beside)
         lists[r, heads, part] = found.view(heads_at_once, -1, k)
@@ -66,6 +75,13 @@ def causal_knn(
     ]
     in_parallel(work, tasks, device, num_threads)
     return lists
+
+
+def listed_queries(queries: int, stride: int) -> Tensor:
+    """Which of so many prompt queries get a list: [M'] int64 on the CPU, ascending. The last ALWAYS_LISTED all do, of
+    those before every stride-th, counted from the end."""
+    back = torch.arange(queries - 1, -1, -1)
+    return ((back < ALWAYS_LISTED) | (back % stride == 0)).nonzero().flatten()
 
 
 def key_knn(

@@ -10,7 +10,7 @@ from beam_oracle import beam_search
 from graph_checks import check_structure, reachable
 
 from cache_hub.diagnosis import unite
-from cache_hub.index import AttentionAwareGraphIndex, FlatIndex, _native, make_index
+from cache_hub.index import AttentionAwareGraphIndex, FlatIndex, _native, knn, make_index
 from cache_hub.index.key_store import as_key_store
 from cache_hub.index.links import PackedLinks
 
@@ -44,6 +44,28 @@ def test_entries_are_the_keys_that_the_last_queries_rank_first() -> None:
     first = (queries[0] @ keys[0].T).masked_fill(~seen, float("-inf")).argmax(-1)
     latest = dict.fromkeys(first.T.flatten().flip(0).tolist())
     assert index.entries[0].tolist() == list(latest)[:8]
+
+
+@pytest.mark.parametrize("projection", ["co_occurrence", "roargraph"])
+@pytest.mark.parametrize(("n", "group", "dim", "stride"), [(1, 1, 64, 2), (63, 3, 64, 3), (257, 4, 128, 5)])
+def test_query_stride_makes_the_graph_of_the_listed_queries(
+    monkeypatch: pytest.MonkeyPatch, n: int, group: int, dim: int, stride: int, projection: str
+) -> None:
+    """Links and entries; the metric of the key links stays that of all queries."""
+    monkeypatch.setattr(knn, "ALWAYS_LISTED", 20)
+    options: dict[str, Any] = {"key_degree": 8, "key_links": 4, "q_knn": 6, "num_entries": 8, "projection": projection}
+    strided, keys, queries = build(n, group, dim, **options, query_stride=stride, key_metric="cosine")
+    kept = knn.listed_queries(n, stride)
+    alone = AttentionAwareGraphIndex(**options, index_dtype="auto", key_metric="cosine")
+    alone.build(keys, queries[:, :, kept], kept)
+    assert torch.equal(strided.adjacency, alone.adjacency)
+    assert torch.equal(strided.entries, alone.entries)
+    full, _, _ = build(n, group, dim, **options)
+    other, _, _ = build(n, group, dim, **options, query_stride=stride)
+    assert torch.equal(full._metric.root, other._metric.root)
+    check_structure(other, n, degree=8)
+    fewer = 4 * 2 * group * (n - len(kept)) * 6
+    assert full.build_bytes(2, group, n, n, dim) - other.build_bytes(2, group, n, n, dim) == fewer
 
 
 @pytest.mark.parametrize("other_threads", [2, 5])

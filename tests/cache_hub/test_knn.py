@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cache_hub.index.knn import causal_knn, exact_topk, key_knn
+from cache_hub.index import knn
+from cache_hub.index.knn import causal_knn, exact_topk, key_knn, listed_queries
 
 
 def brute_force(keys: torch.Tensor, queries: torch.Tensor, positions: torch.Tensor | None, k: int) -> torch.Tensor:
@@ -50,6 +51,37 @@ def test_queries_without_positions_see_every_key() -> None:
     assert torch.equal(lists.long(), (queries @ keys[:, None].transpose(2, 3)).topk(7).indices)
 
 
+@pytest.mark.parametrize(("queries", "stride"), [(0, 3), (1, 5), (4096, 7), (4097, 2), (9001, 4), (9001, 1)])
+def test_all_late_queries_are_listed_and_of_those_before_every_stride_th(queries: int, stride: int) -> None:
+    kept = [i for i in range(queries) if queries - i <= knn.ALWAYS_LISTED or (queries - 1 - i) % stride == 0]
+    assert listed_queries(queries, stride).tolist() == kept
+
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("backend", ["native", "faiss", "torch", pytest.param("triton", marks=[pytest.mark.gpu, GPU])])
+@pytest.mark.parametrize(
+    ("n", "m", "group", "dim", "stride"),
+    [(1, 1, 1, 64, 2), (63, 70, 3, 64, 3), (257, 331, 4, 128, 4), (257, 331, 1, 64, 400)],
+)
+def test_lists_by_stride_are_those_of_all_queries(
+    monkeypatch: pytest.MonkeyPatch, backend: str, n: int, m: int, group: int, dim: int, stride: int
+) -> None:
+    """With positions, some of queries that see no key, and without; with one more dimension and without."""
+    monkeypatch.setattr(knn, "ALWAYS_LISTED", 20)
+    torch.manual_seed(n + stride)
+    device = "cuda" if backend == "triton" else "cpu"
+    keys, queries = torch.randn(2, n, dim, device=device), torch.randn(2, group, m, dim, device=device)
+    kept = listed_queries(m, stride).to(device)
+    assert m == 1 or 0 < len(kept) < m
+    for positions in (torch.arange(m) - 4, None):
+        for extra in (torch.randn(2, n), None):
+            given = (keys, queries, positions, 9, 50, backend)
+            part = causal_knn(*given, extra=extra, stride=stride)
+            assert torch.equal(part, causal_knn(*given, extra=extra)[:, :, kept])
+
+
 @pytest.mark.parametrize("backend", ["native", "faiss", "torch"])
 @pytest.mark.parametrize("n", [1, 2, 63, 257])
 def test_key_lists_are_the_nearest_by_centred_cosine_without_the_key_itself(backend: str, n: int) -> None:
@@ -68,9 +100,6 @@ def test_key_lists_of_equal_keys_never_name_the_key_itself() -> None:
     lists = key_knn(torch.ones(1, 40, 64), 8)
     assert lists.shape == (1, 40, 8)
     assert not bool((lists[0] == torch.arange(40)[:, None]).any())
-
-
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.mark.parametrize("backend", ["native", "faiss", "torch", pytest.param("triton", marks=[pytest.mark.gpu, GPU])])

@@ -111,7 +111,7 @@ def test_options_of_the_search_may_change_those_of_the_build_may_not(tmp_path: P
     assert_same(found(type(index).load(tmp_path / "index", keys, ef_search=90)), found(wide))
     with pytest.raises(ValueError, match="key_links: got 2, allowed: 4"):
         type(index).load(tmp_path / "index", keys, key_links=2)
-    with pytest.raises(ValueError, match="options: got beam, allowed: q_knn, key_degree"):
+    with pytest.raises(ValueError, match="options: got beam, allowed: q_knn, query_stride"):
         type(index).load(tmp_path / "index", keys, beam=2)
 
 

@@ -40,6 +40,7 @@ def test_no_flag_is_generate_config_with_its_defaults(model: str, context_len: i
 def test_every_graph_key_is_a_typed_flag() -> None:
     values = {
         "q_knn": 20,
+        "query_stride": 2,
         "key_degree": 24,
         "key_links": 8,
         "projection": "roargraph",

@@ -21,6 +21,7 @@ from config import (
 
 GRAPH_DEFAULTS = {
     "q_knn": 32,
+    "query_stride": 1,
     "key_degree": 32,
     "key_links": 24,
     "projection": "auto",
@@ -64,6 +65,7 @@ def test_every_key_is_described() -> None:
     ("key", "value", "allowed"),
     [
         ("q_knn", 1, ">= 2"),
+        ("query_stride", 0, ">= 1"),
         ("key_degree", 0, ">= 2"),
         ("key_degree", 1, ">= 2"),
         ("key_links", -1, ">= 0"),
@@ -163,7 +165,7 @@ def test_switch_takes_no_number() -> None:
 
 def test_unknown_key_lists_the_known_ones_and_the_nearest() -> None:
     message = error_of(GraphConfig, ef_serch=3)
-    assert message.startswith("ef_serch: unknown key, got 3 (did you mean ef_search?), known keys: q_knn, key_degree")
+    assert message.startswith("ef_serch: unknown key, got 3 (did you mean ef_search?), known keys: q_knn, query_stride")
     assert all(key in message for key in GRAPH_DEFAULTS)
 
 
@@ -198,7 +200,7 @@ def test_problems_of_both_levels_are_joined() -> None:
 
 def test_section_that_is_no_section() -> None:
     message = error_of(RetroInferConfig, retrieval_strategy="flat", attention_aware_graph=5)
-    assert message.startswith("attention_aware_graph: got 5, allowed: a section with the keys q_knn, key_degree")
+    assert message.startswith("attention_aware_graph: got 5, allowed: a section with the keys q_knn, query_stride")
 
 
 def test_a_missing_strategy_is_retroinfers_own() -> None:
