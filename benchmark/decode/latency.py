@@ -47,7 +47,7 @@ from .bandwidth import copy_bandwidths, synchronize
 from .dense import DenseModel, DenseSizes
 from .extended import ExtendedTraces, Shape
 from .latency_row import costs, of_token, remarks, table
-from .steps import PROFILED, Played, Prompts, compare, fill, play, profile
+from .steps import PROFILED, Prompts, compare, fill, play, profile
 
 # Behind the name of a flat variant: flat.on_gpu.
 ON_GPU = "@gpu"
@@ -136,19 +136,16 @@ class Latency:
                 synchronize(args.device)
                 seconds += perf_counter() - begin
             built = {stage: spent / len(self.layers) for stage, spent in cache.stats.seconds.items()}
-            play(cache, steps, warmup, args.device)
-            row = costs(cache, prompts, play(cache, steps, timed, args.device), self.bandwidths)
-            dense: Played | None = None
-            if self.dense is not None:
-                play(cache, steps, warmup, args.device, self.dense)
-                dense = play(cache, steps, timed, args.device, self.dense)
-            row |= of_token(row, prompts, self.bandwidths, self.dense, dense)
+            play(cache, steps, warmup, args.device, self.dense)
+            played = play(cache, steps, timed, args.device, self.dense)
+            row = costs(cache, prompts, played, self.bandwidths, self.dense)
+            row |= of_token(row, prompts, self.bandwidths, self.dense)
             if args.profile:
                 name = f"{variant.name}_{prompts.length}_{prompts.batch}".replace("+", "_")
                 profile(args.profile / name, cache, steps, timed[:PROFILED], args.device, self.dense)
             if args.recall_steps:
-                play(cache, steps, warmup, args.device)
-                row |= compare(cache, steps, timed[: args.recall_steps], args.device)
+                play(cache, steps, warmup, args.device, self.dense)
+                row |= compare(cache, steps, timed[: args.recall_steps], args.device, self.dense)
             yield {
                 "key": row_key(variant, prompts.batch, prompts.length),
                 "name": variant.name,
@@ -168,9 +165,8 @@ class Latency:
 
 def room(args: argparse.Namespace) -> int:
     """Tokens that are decoded behind one prompt before the cache is rewound, or freed."""
-    passes = 2 if args.dense else 1
     untimed = (args.warmup + args.recall_steps if args.recall_steps else 0) + (PROFILED if args.profile else 0)
-    return passes * (args.warmup + args.steps) + untimed
+    return args.warmup + args.steps + untimed
 
 
 def row_key(variant: Variant, batch: int, length: int) -> str:

@@ -14,8 +14,12 @@ from .dense import DenseModel
 from .steps import Played, Prompts
 
 
-def costs(cache: KV_Cache, prompts: Prompts, played: Played, bandwidths: Mapping[str, float]) -> dict[str, Any]:
-    """Milliseconds, counts and bytes of a layer and step, the whole batch in it, without anything dense.
+def costs(
+    cache: KV_Cache, prompts: Prompts, played: Played, bandwidths: Mapping[str, float], model: DenseModel | None
+) -> dict[str, Any]:
+    """Milliseconds, counts and bytes of a layer and step, the whole batch in it; where a model played it, what is dense
+    in a layer too, and all that a step does beside its layers but the output projection. The roofline is of keys,
+    values and clusters alone.
 
     tokens_attended and clusters_estimated are of a kv head of a sequence, keys_scored of a query head.
     """
@@ -26,7 +30,8 @@ def costs(cache: KV_Cache, prompts: Prompts, played: Played, bandwidths: Mapping
     host = counts["bytes_moved"] / each if "host" in bandwidths else 0.0
     device = (counts["attended"] + counts["estimated"]) * row_bytes / each - host
     roofline = device / bandwidths["device"] + (host / bandwidths["host"] if host else 0.0)
-    of_layer = [seconds / layers * 1e3 for seconds in played.seconds]
+    head = 0.0 if model is None else model.head_ms
+    of_layer = [(seconds * 1e3 - head) / layers for seconds in played.seconds]
     return {
         "ms_per_layer": statistics.median(of_layer),
         "ms_per_layer_mean": statistics.fmean(of_layer),
@@ -44,31 +49,19 @@ def costs(cache: KV_Cache, prompts: Prompts, played: Played, bandwidths: Mapping
 
 
 def of_token(
-    row: Mapping[str, Any],
-    prompts: Prompts,
-    bandwidths: Mapping[str, float],
-    model: DenseModel | None,
-    played: Played | None,
+    row: Mapping[str, Any], prompts: Prompts, bandwidths: Mapping[str, float], model: DenseModel | None
 ) -> dict[str, Any]:
-    """Milliseconds of a token: the layers' mean times their number, and where the model `played` all that is dense the
-    output projection; the roofline likewise."""
-    layers, built = prompts.extended.shape.layers, len(prompts.layers)
-    layer, roofline = row["ms_per_layer"], row["roofline_ms_per_layer"] * layers
-    head, found = 0.0, {}
-    if model is not None and played is not None:
-        head = model.head_ms
-        layer = (statistics.median(played.seconds) * 1e3 - head) / built
+    """Milliseconds of a token: the layers' mean times their number, and of a model the output projection; the roofline
+    likewise, with its weights."""
+    layers = prompts.extended.shape.layers
+    token, roofline = row["ms_per_layer"] * layers, row["roofline_ms_per_layer"] * layers
+    dense = {}
+    if model is not None:
+        token += model.head_ms
         roofline += (layers * model.layer_bytes + model.head_bytes) / bandwidths["device"] / 1e6
-        each = built * len(played.seconds) / 1e3
-        found = {
-            "ms_per_layer_with_dense": layer,
-            "dense_ms_per_layer": model.layer_ms,
-            "head_ms": model.head_ms,
-            "dense_stage_ms_per_layer": {stage: seconds / each for stage, seconds in played.stages.items()},
-        }
-    token = layer * layers + head
+        dense = {"dense_ms_per_layer": model.layer_ms, "head_ms": model.head_ms}
     return {
-        **found,
+        **dense,
         "ms_per_token": token,
         "tokens_per_second": 1e3 * prompts.batch / token,
         "roofline_ms_per_token": roofline,

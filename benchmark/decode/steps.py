@@ -153,12 +153,14 @@ def profile(
 
 
 @torch.inference_mode()
-def compare(cache: KV_Cache, steps: StepStates, which: range, device: str) -> dict[str, float]:
+def compare(
+    cache: KV_Cache, steps: StepStates, which: range, device: str, dense: DenseModel | None
+) -> dict[str, float]:
     """Steps against the exact scan, untimed: recall, of the mean and of the worst query head, and the attention mass
     relative to the exact top k's; nothing where the cache retrieves nothing."""
     stats = cache.stats
     stats.agreement = Agreement.zeros(cache.layer_num, cache.num_heads)
-    play(cache, steps, which, device)
+    play(cache, steps, which, device, dense)
     found, stats.agreement = stats.agreement, None
     if not found.steps.any():
         return {}

@@ -204,7 +204,7 @@ def test_the_wave_index_and_what_is_dense(traces: Path) -> None:
     assert call(traces, "--strategies", "wave_index", "--context_len", "300", *words) == 0
     (row,) = written(traces)["rows"]
     assert row["notes"], "too few tokens to cluster"
-    token = row["ms_per_layer_with_dense"] * 3 + row["head_ms"]
+    token = row["ms_per_layer"] * 3 + row["head_ms"]
     assert row["ms_per_token"] == pytest.approx(token)
     weights = 3 * 4 * (24 * (8 + 4) * 32 + 24 * 8 * 32 + 3 * 24 * 40) + 4 * 24 * 50
     assert row["roofline_ms_per_token"] == pytest.approx(3 * row["roofline_ms_per_layer"] + weights / 10e6)

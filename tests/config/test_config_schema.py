@@ -21,7 +21,7 @@ from config import (
 
 GRAPH_DEFAULTS = {
     "q_knn": 32,
-    "query_stride": 1,
+    "query_stride": 4,
     "key_degree": 32,
     "key_links": 24,
     "projection": "auto",

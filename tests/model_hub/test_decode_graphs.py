@@ -146,3 +146,29 @@ def test_on_a_cpu_nothing_is_replayed(tiny_folder):
     llm.decode_step(torch.tensor([1]), cache)
     assert cache.use_cuda_graph
     assert graphs_of(llm, cache) is None
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("use_cuda_graph", [False, True])
+def test_searches_on_a_gpu_begin_with_predicted_queries(tiny_folder, use_cuda_graph):
+    """With a beam that holds all keys the result stays the same, and keys are scored for both queries, but in the first
+    layer."""
+    llm = load_model(str(tiny_folder("llama-tied-llama3-rope")), 512, "fp32", "cuda:0")
+    torch.manual_seed(0)
+    ids, forced = torch.randint(1, 256, (2, 300)), torch.randint(1, 256, (12, 2), device="cuda")
+    logits, scored = [], []
+    for ef in (0, 20):
+        settings = settings_of("attention_aware_graph", use_cuda_graph, ef_search=400, speculative_ef=ef)
+        cache = llm.init_cache("attention_aware_graph", settings, [300, 300], 12)
+        llm.prefill(ids, None, cache)
+        logits.append(torch.stack([llm.decode_step(tokens, cache) for tokens in forced]))
+        scored.append(cache.stats.scored)
+        buffers = cache._buffers_of(0)
+        assert (buffers.posted is None) == (ef == 0)
+        if buffers.posted is not None:
+            assert bool((buffers.posted.view(torch.int32) == -1).all()), "all that came was taken"
+            assert bool((buffers.foreseen.view(torch.int32) == -1).all())
+    error = (logits[0] - logits[1]).norm(dim=-1) / logits[0].norm(dim=-1)
+    assert error.max() < 1e-4
+    assert scored[1] > scored[0]
