@@ -28,7 +28,7 @@ class AttentionAwareGraphCache(TokenIndexCache):
             top_k=self.graph.top_k,
             min_indexed=self.graph.key_degree,
             warm_start=self.graph.warm_start,
-            speculative_ef=self.graph.speculative_ef,
+            resume_ef=self.graph.resume_ef,
             estimation=self.graph.estimation,
             estimation_budget=self.graph.estimation_budget,
             insert_batch=self.graph.insert_batch,

@@ -53,7 +53,8 @@ class HostBuffers:
 
 @dataclass(frozen=True)
 class Foreseen:
-    """What the queries will be about, [B * Hkv, g, D] float32, and the beam width of the search for that."""
+    """What the queries will be about, [B * Hkv, g, D] float32, and the beam width of the searches that go on from those
+    for that."""
 
     queries: Tensor
     ef: int
@@ -157,7 +158,7 @@ class GraphLayerSearch(LayerSearch):
             self.k,
             min(self.warm_start, self.k) if near else 0,
             self.k,
-            index.options.ef_search,
+            index.options.ef_search if foreseen is None else foreseen.ef,
             index.num_threads,
             self._ids[this].data_ptr(),
             self._keys_scored.data_ptr(),
@@ -165,7 +166,7 @@ class GraphLayerSearch(LayerSearch):
             buffers.clusters[begin].data_ptr() if self.tail is not None else 0,
             0 if buffers.posted is None else buffers.posted[rows].data_ptr(),
             0 if foreseen is None else foreseen.queries[rows].data_ptr(),
-            0 if foreseen is None else foreseen.ef,
+            index.options.ef_search,
         )
         self.waited = waited * 1e-9
         if attended < 0:

@@ -53,8 +53,8 @@ class TokenIndexCache(RetrievingLayers):
     that they form (CentroidTail), or the best `estimation_budget` of these. "softmax_lift": the tokens retrieved are a
     weighted sample of all (SoftmaxLift), top_k draws a query head, always the same for the same prompt.
 
-    warm_start: hits of the step before, for each query head, that a search may start from. speculative_ef: beam width
-    of a search by what a layer's queries will be about, which may begin before they are there; 0: none.
+    warm_start: hits of the step before, for each query head, that a search may start from. resume_ef: beam width
+    of searches that go on from one for what their queries will be about; 0: none begins before its query is there.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class TokenIndexCache(RetrievingLayers):
         top_k: int = 100,
         min_indexed: int = 0,
         warm_start: int = 0,
-        speculative_ef: int = 0,
+        resume_ef: int = 0,
         estimation: str = "none",
         estimation_budget: float = 1.0,
         insert_batch: int = 512,
@@ -88,7 +88,7 @@ class TokenIndexCache(RetrievingLayers):
         self.estimation, self.estimation_budget, self.gpu_only = estimation, estimation_budget, gpu_only
         self.sinks, self.window = static_pattern_start, static_pattern_end
         self.top_k, self.min_indexed, self.warm_start = top_k, min_indexed, warm_start
-        self.speculative_ef = speculative_ef
+        self.resume_ef = resume_ef
         # Without a GPU the main thread computes too: torch's own thread count is the right one then.
         self.num_threads = None
         if core and self.devices[0].type == "cuda":
@@ -112,7 +112,7 @@ class TokenIndexCache(RetrievingLayers):
             "core": settings.core,
             "top_k": settings.attention_aware_graph.top_k,
             "warm_start": settings.attention_aware_graph.warm_start,
-            "speculative_ef": settings.attention_aware_graph.speculative_ef,
+            "resume_ef": settings.attention_aware_graph.resume_ef,
             "estimation": settings.attention_aware_graph.estimation,
             "estimation_budget": settings.attention_aware_graph.estimation_budget,
             "insert_batch": settings.attention_aware_graph.insert_batch,
@@ -167,7 +167,7 @@ class TokenIndexCache(RetrievingLayers):
     @classmethod
     def build_key(cls, settings: RetroInferConfig) -> str:
         graph = settings.attention_aware_graph.model_dump(
-            exclude={"ef_search", "top_k", "warm_start", "speculative_ef", "estimation_budget"}
+            exclude={"ef_search", "top_k", "warm_start", "resume_ef", "estimation_budget"}
         )
         # Clusters can be added to a filled cache; the sample's index is another one.
         graph["estimation"] = graph["estimation"] == "softmax_lift"
@@ -179,7 +179,7 @@ class TokenIndexCache(RetrievingLayers):
         self._buffers.clear()
         self._searches.clear()
         self.version += 1
-        self.warm_start, self.speculative_ef = options["warm_start"], options["speculative_ef"]
+        self.warm_start, self.resume_ef = options["warm_start"], options["resume_ef"]
         self.estimation_budget = options["estimation_budget"]
         for stage in ("build", "cluster"):
             self.stats.seconds[stage] = self._prompt_seconds.get(stage, 0.0)

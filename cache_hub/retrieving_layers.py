@@ -27,7 +27,7 @@ class RetrievingLayers(GrowingLayers):
 
     top_k: int
     warm_start: int
-    speculative_ef: int
+    resume_ef: int
     estimation_budget: float
 
     def __init__(self, **common: Any) -> None:
@@ -50,7 +50,7 @@ class RetrievingLayers(GrowingLayers):
 
     def _begins_early(self, layer_idx: int) -> bool:
         """Whether searches for the layer can wait for their queries, and begin with what is foreseen."""
-        return self.speculative_ef > 0 and isinstance(self._search_of(layer_idx), GraphLayerSearch)
+        return self.resume_ef > 0 and isinstance(self._search_of(layer_idx), GraphLayerSearch)
 
     def foresees(self, layer_idx: int) -> bool:
         return self.devices[layer_idx].type == "cuda" and self.needs_host(layer_idx) and self._begins_early(layer_idx)
@@ -98,7 +98,7 @@ class RetrievingLayers(GrowingLayers):
                 arrived.synchronize()
         hint = None
         if foreseen and buffers.foreseen is not None:
-            hint = Foreseen(buffers.foreseen[layer_idx % 2], self.speculative_ef)
+            hint = Foreseen(buffers.foreseen[layer_idx % 2], self.resume_ef)
         with stats.timed("search"):
             while (retrieved := search.retrieve(buffers, hint)) is None:
                 assert arrived is not None

@@ -142,7 +142,7 @@ int64_t retrieve(const std::vector<const IndexedRow*>& rows, const Asked& asked,
             }
             return true;
         };
-        if (asked.foreseen && !each_in_turns(asked.foreseen, std::max(asked.foreseen_ef, k), true)) return;
+        if (asked.foreseen && !each_in_turns(asked.foreseen, std::max<int64_t>(asked.foreseen_ef, 1), true)) return;
         if (!each_in_turns(asked.queries, ef, !asked.foreseen)) return;
         int64_t least = least_waited;
         while (idle.count() < least && !least_waited.compare_exchange_weak(least, idle.count())) {

@@ -27,7 +27,7 @@ struct Asked {
     // not there yet.
     bool posted = false;
     // What the queries will be about, like queries, or null. Every search is first one for this, with a beam of
-    // max(foreseen_ef, k), and then turns to the query: in the end it has met, and scored, all keys that both found.
+    // foreseen_ef, and then turns to the query, with one of max(ef, k): all that it met is scored for both.
     const float* foreseen = nullptr;
     int64_t foreseen_ef = 0;
 };

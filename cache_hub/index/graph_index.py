@@ -45,7 +45,7 @@ class AttentionAwareGraphIndex(TokenIndex):
             "ef_search",
             "top_k",
             "warm_start",
-            "speculative_ef",
+            "resume_ef",
             "graph_build_batch",
             "knn_backend",
             "estimation",

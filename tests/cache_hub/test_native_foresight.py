@@ -35,7 +35,7 @@ def two_walks(part: Sequences, foreseen: Tensor, near: Tensor, k: int, first_ef:
             own = [key for key in near[r, head].tolist()[:FOLLOWED] if key >= 0]
             met |= {key + 1 for key in own if key + 1 < len(keys)}
             expanded: set[int] = set()
-            walk(met, expanded, keys @ foreseen[r, head].double(), links, max(first_ef, k))
+            walk(met, expanded, keys @ foreseen[r, head].double(), links, max(first_ef, 1))
             before, scores = len(met), keys @ part.queries[r, head].double()
             walk(met, expanded, scores, links, max(index.options.ef_search, k))
             best = sorted(met, key=lambda key: -float(scores[key]))[:k]

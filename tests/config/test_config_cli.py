@@ -47,7 +47,7 @@ def test_every_graph_key_is_a_typed_flag() -> None:
         "key_metric": "cosine",
         "ef_search": 99,
         "warm_start": 7,
-        "speculative_ef": 30,
+        "resume_ef": 30,
         "top_k": 50,
         "index_dtype": "float32",
         "graph_build_batch": 512,

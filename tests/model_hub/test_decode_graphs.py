@@ -159,7 +159,7 @@ def test_searches_on_a_gpu_begin_with_predicted_queries(tiny_folder, use_cuda_gr
     ids, forced = torch.randint(1, 256, (2, 300)), torch.randint(1, 256, (12, 2), device="cuda")
     logits, scored = [], []
     for ef in (0, 20):
-        settings = settings_of("attention_aware_graph", use_cuda_graph, ef_search=400, speculative_ef=ef)
+        settings = settings_of("attention_aware_graph", use_cuda_graph, ef_search=400, resume_ef=ef)
         cache = llm.init_cache("attention_aware_graph", settings, [300, 300], 12)
         llm.prefill(ids, None, cache)
         logits.append(torch.stack([llm.decode_step(tokens, cache) for tokens in forced]))

@@ -72,7 +72,7 @@ def test_what_is_found_is_as_good_and_counted(llm: LLM, hints: Any) -> None:
     recall = {}
     for ef in (0, 40):
         hints.clear()
-        _, cache = steps(llm, [400], speculative_ef=ef)
+        _, cache = steps(llm, [400], resume_ef=ef)
         agreement = cache.stats.agreement
         recall[ef] = agreement.mean(agreement.recall)[1:].mean().item(), cache.stats.scored
         assert any(hint is not None for _, hint in hints) == (ef > 0)
@@ -81,7 +81,7 @@ def test_what_is_found_is_as_good_and_counted(llm: LLM, hints: Any) -> None:
 
 
 def test_a_beam_that_holds_all_keys_gives_the_same_with_and_without(llm: LLM, hints: Any) -> None:
-    both = [steps(llm, [300, 280], ef_search=400, speculative_ef=ef)[0] for ef in (0, 7)]
+    both = [steps(llm, [300, 280], ef_search=400, resume_ef=ef)[0] for ef in (0, 7)]
     assert any(hint is not None for _, hint in hints)
     assert relative_error(both[1], both[0]) < 1e-5
 
