@@ -82,6 +82,9 @@ class LayerSearch:
         self._found: list[Found] = []
         self.waited = 0.0  # seconds of the last step
 
+    def begin(self, buffers: HostBuffers, foreseen: Foreseen | None) -> None:
+        """Lets other threads begin with what `retrieve` will be called for next, where there are any."""
+
     def retrieve(self, buffers: HostBuffers, foreseen: Foreseen | None = None) -> tuple[int, int] | None:
         """Writes what the queries in the buffers want behind them; how many keys were scored, and how many tokens the
         kv heads attend to. None where the queries are posted, and did not come for long: then it may be called again.
@@ -135,8 +138,9 @@ class GraphLayerSearch(LayerSearch):
         self._ids = torch.empty(2, 0)  # of this step and of the one before, in turns: [2, R, g, k] int32
         self._keys_scored = torch.empty(0)
         self._steps = 0
+        self._running: _native.Retrieving | None = None
 
-    def retrieve(self, buffers: HostBuffers, foreseen: Foreseen | None = None) -> tuple[int, int] | None:
+    def begin(self, buffers: HostBuffers, foreseen: Foreseen | None) -> None:
         group, kv_heads = buffers.queries.shape[1], buffers.positions.shape[1]
         if not self._views:
             self._views = [self._view(one) for one in self.groups]
@@ -150,7 +154,7 @@ class GraphLayerSearch(LayerSearch):
         this = self._steps % 2
         near = self._ids[1 - this].data_ptr() if self._steps and self.warm_start else 0
         begin, rows = slice(first.start, None), slice(first.start * kv_heads, None)
-        scored, attended, waited = _native.retrieve(
+        self._running = _native.Retrieving(
             self._views,
             buffers.queries[rows].data_ptr(),
             group,
@@ -168,6 +172,13 @@ class GraphLayerSearch(LayerSearch):
             0 if foreseen is None else foreseen.queries[rows].data_ptr(),
             index.options.ef_search,
         )
+
+    def retrieve(self, buffers: HostBuffers, foreseen: Foreseen | None = None) -> tuple[int, int] | None:
+        if self._running is None:
+            self.begin(buffers, foreseen)
+        assert self._running is not None
+        scored, attended, waited = self._running.finish()
+        self._running = None
         self.waited = waited * 1e-9
         if attended < 0:
             return None

@@ -63,6 +63,16 @@ class RetrievingLayers(GrowingLayers):
     def _tail_of(self, layer_idx: int) -> CentroidTail | None:
         return self._tails[layer_idx] if self.estimation == "centroid" else None
 
+    def expect_query(self, layer_idx: int) -> None:
+        self._search_of(layer_idx).begin(self._buffers_of(layer_idx), self._foreseen(layer_idx))
+
+    def _foreseen(self, layer_idx: int) -> Foreseen | None:
+        foreseen = self._buffers_of(layer_idx).foreseen
+        return None if foreseen is None else Foreseen(foreseen[layer_idx % 2], self.resume_ef)
+
+    def waits_for_query(self, layer_idx: int) -> bool:
+        return self._buffers_of(layer_idx).posted is not None
+
     def post_query(self, query_states: Tensor, layer_idx: int) -> None:
         buffers = self._buffers_of(layer_idx)
         post(query_states, buffers.queries if buffers.posted is None else buffers.posted)
@@ -93,16 +103,13 @@ class RetrievingLayers(GrowingLayers):
 
     def retrieve(self, layer_idx: int, arrived: torch.cuda.Event | None, foreseen: bool) -> None:
         buffers, search, stats = self._buffers_of(layer_idx), self._search_of(layer_idx), self.stats
-        if arrived is not None and buffers.posted is None:
+        if arrived is not None:
             with stats.timed("wait"):
                 arrived.synchronize()
-        hint = None
-        if foreseen and buffers.foreseen is not None:
-            hint = Foreseen(buffers.foreseen[layer_idx % 2], self.resume_ef)
+        hint = self._foreseen(layer_idx) if foreseen else None
         with stats.timed("search"):
             while (retrieved := search.retrieve(buffers, hint)) is None:
-                assert arrived is not None
-                arrived.synchronize()
+                torch.cuda.synchronize(self.devices[layer_idx])
         self._retrieved[layer_idx] = retrieved
         stats.seconds["search"] -= search.waited
         stats.seconds["wait"] += search.waited

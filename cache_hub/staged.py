@@ -52,6 +52,9 @@ class StagedCache(KV_Cache):
         """Sends what the query will be about [B, 1, H, D] to the host. Device work."""
         raise NotImplementedError(f"{type(self).__name__} has nothing to ask the host")
 
+    def expect_query(self, layer_idx: int) -> None:
+        """Lets other threads begin with `retrieve` of a layer, of which post_foreseen is on its way. On the host."""
+
     def post_query(self, query_states: Tensor, layer_idx: int) -> None:
         """Sends the query [B, 1, H, D] to the host. Device work."""
         raise NotImplementedError(f"{type(self).__name__} has nothing to ask the host")
@@ -60,9 +63,13 @@ class StagedCache(KV_Cache):
     def begin(self, query_states: Tensor, layer_idx: int) -> ReferenceSplits | TritonSplits:
         """Attention of query_states [B, 1, H, D] to all that does not depend on `retrieve`. Device work."""
 
+    def waits_for_query(self, layer_idx: int) -> bool:
+        """Whether `retrieve` sees by itself when the query has come."""
+        return False
+
     def retrieve(self, layer_idx: int, arrived: torch.cuda.Event | None, foreseen: bool) -> None:
-        """Finds what the posted query wants, which has come when `arrived` has happened; None: it is there. foreseen:
-        whether post_foreseen was called in this step."""
+        """Finds what the posted query wants, which has come when `arrived` has happened; None: it is there, or retrieve
+        waits for it. foreseen: whether post_foreseen was called in this step."""
         raise NotImplementedError(f"{type(self).__name__} has nothing to ask the host")
 
     def end(self, begun: ReferenceSplits | TritonSplits, layer_idx: int) -> Tensor:
@@ -90,7 +97,7 @@ class StagedCache(KV_Cache):
         arrived = None
         if asks:
             self.post_query(query_states, layer_idx)
-            if query_states.is_cuda:
+            if query_states.is_cuda and not self.waits_for_query(layer_idx):
                 arrived = torch.cuda.Event()
                 arrived.record()
         with self.stats.timed("attention"):

@@ -2,7 +2,9 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <memory>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -51,43 +53,67 @@ void search(const KeyStore& keys, uintptr_t links, int64_t slots, int64_t segmen
              {at<int32_t>(ids), at<float>(scores), at<int64_t>(keys_scored), nullptr, nullptr}, *threads(num_threads));
 }
 
-// posted: where a device writes the queries, or null; they are then waited for, and moved to `queries`. foreseen: likewise
-// of what they will be about, or null; of it nothing is kept. What was read is absent again afterwards.
-std::tuple<int64_t, int64_t, int64_t> retrieve_step(const std::vector<const GraphView*>& views, uintptr_t queries,
-                                                    int64_t group, uintptr_t near, int64_t near_stride, int64_t num_near,
-                                                    int64_t k, int64_t ef, int num_threads, uintptr_t ids,
-                                                    uintptr_t keys_scored, uintptr_t positions, uintptr_t clusters,
-                                                    uintptr_t posted, uintptr_t foreseen, int64_t foreseen_ef) {
-    py::gil_scoped_release release;
-    if (foreseen_ef < 0) refuse("foreseen_ef", foreseen_ef, ">= 0");
-    if (num_near < 0 || (num_near && (!near || num_near > near_stride)))
-        refuse("num_near", num_near, "0 to " + std::to_string(near ? near_stride : 0) + ", for `near`");
-    thread_local std::vector<const IndexedRow*> rows;
-    rows.clear();
-    for (const GraphView* view : views)
-        for (const IndexedRow& row : view->rows) {
-            const int64_t width = row.graph.keys.width(), expected = rows.empty() ? width : rows[0]->graph.keys.width();
-            if (width != expected) refuse("keys", width, std::to_string(expected) + " wide, as those of the first view");
-            if (clusters && !row.assignment) refuse("assignment", 0, "one for every view, for clusters");
-            rows.push_back(&row);
-        }
-    int64_t waited = 0;
-    const int64_t found = retrieve(
-        rows,
-        {at<const float>(posted ? posted : queries), group, at<const int32_t>(near), near ? near_stride : 0, num_near, k, ef,
-         posted != 0, at<const float>(foreseen), foreseen_ef},
-        {at<int32_t>(ids), nullptr, at<int64_t>(keys_scored), at<int32_t>(positions), at<int32_t>(clusters)},
-        *threads(num_threads), &waited);
-    if (found == kNotArrived || rows.empty()) return {0, found, waited};
-    const int64_t bytes = rows.size() * group * rows[0]->graph.keys.width() * 4;
-    if (posted) {
-        std::memcpy(at<float>(queries), at<float>(posted), bytes);
-        std::memset(at<float>(posted), kAbsent & 0xff, bytes);
-        if (foreseen) std::memset(at<float>(foreseen), kAbsent & 0xff, bytes);
+// A step's retrieval, on its way from the start. posted: where a device writes the queries, or null; they are then waited
+// for, and moved to `queries`. foreseen: likewise of what they will be about, or null; of it nothing is kept. What was read
+// is absent again afterwards.
+class Retrieving {
+   public:
+    Retrieving(const std::vector<const GraphView*>& views, uintptr_t queries, int64_t group, uintptr_t near,
+               int64_t near_stride, int64_t num_near, int64_t k, int64_t ef, int num_threads, uintptr_t ids,
+               uintptr_t keys_scored, uintptr_t positions, uintptr_t clusters, uintptr_t posted, uintptr_t foreseen,
+               int64_t foreseen_ef)
+        : pool_(threads(num_threads)), queries_(queries), posted_(posted), foreseen_(foreseen), scored_(keys_scored) {
+        if (foreseen_ef < 0) refuse("foreseen_ef", foreseen_ef, ">= 0");
+        if (num_near < 0 || (num_near && (!near || num_near > near_stride)))
+            refuse("num_near", num_near, "0 to " + std::to_string(near ? near_stride : 0) + ", for `near`");
+        std::vector<const IndexedRow*> rows;
+        for (const GraphView* view : views)
+            for (const IndexedRow& row : view->rows) {
+                const int64_t width = row.graph.keys.width(), expected = rows.empty() ? width : rows[0]->graph.keys.width();
+                if (width != expected) refuse("keys", width, std::to_string(expected) + " wide, as those of the first view");
+                if (clusters && !row.assignment) refuse("assignment", 0, "one for every view, for clusters");
+                rows.push_back(&row);
+            }
+        searches_ = rows.size() * group;
+        bytes_ = rows.empty() ? 0 : searches_ * rows[0]->graph.keys.width() * 4;
+        const Asked asked{at<const float>(posted ? posted : queries), group, at<const int32_t>(near), near ? near_stride : 0,
+                          num_near, k, ef, posted != 0, at<const float>(foreseen), foreseen_ef};
+        const Retrieved out{at<int32_t>(ids), nullptr, at<int64_t>(keys_scored), at<int32_t>(positions), at<int32_t>(clusters)};
+        retrieval_.emplace(std::move(rows), asked, out, pool_->size());
+        job_ = pool_->start(std::min<int64_t>(pool_->size(), retrieval_->tasks()), work_);
     }
-    const auto* scored = at<const int64_t>(keys_scored);
-    return {std::accumulate(scored, scored + rows.size() * group, int64_t{0}), found, waited};
-}
+    ~Retrieving() {
+        if (job_) pool_->finish(job_);
+    }
+    Retrieving(const Retrieving&) = delete;
+    Retrieving& operator=(const Retrieving&) = delete;
+
+    std::tuple<int64_t, int64_t, int64_t> finish() {
+        pool_->finish(job_);
+        const int64_t found = retrieval_->found();
+        if (found == kNotArrived) return {0, found, retrieval_->waited()};
+        if (posted_) {
+            std::memcpy(at<float>(queries_), at<float>(posted_), bytes_);
+            std::memset(at<float>(posted_), kAbsent & 0xff, bytes_);
+            if (foreseen_) std::memset(at<float>(foreseen_), kAbsent & 0xff, bytes_);
+        }
+        const auto* scored = at<const int64_t>(scored_);
+        return {std::accumulate(scored, scored + searches_, int64_t{0}), found, retrieval_->waited()};
+    }
+
+   private:
+    struct Work {
+        std::optional<Retrieval>& retrieval;
+        void operator()(int64_t) const { retrieval->work(); }
+    };
+
+    std::shared_ptr<ThreadPool> pool_;
+    uintptr_t queries_, posted_, foreseen_, scored_;
+    int64_t searches_ = 0, bytes_ = 0;
+    std::optional<Retrieval> retrieval_;
+    const Work work_{retrieval_};
+    uint64_t job_ = 0;
+};
 
 void scan(const KeyStore& keys, uintptr_t queries, int64_t group, int64_t k, int num_threads, uintptr_t ids,
           uintptr_t scores) {
@@ -119,9 +145,16 @@ void bind_search(py::module_& m) {
           "Scores every key for one query per (kv head, query head of its group); ids and scores come filled with pads.");
     m.def("search", &search,
           "Searches one query per (kv head, query head of its group); `exact` keys, or None, rank what is found.");
-    m.def("retrieve", &retrieve_step,
-          "Searches the graphs of all views and unites what each kv head's queries found; returns keys scored, positions, "
-          "and nanoseconds waited; -1 positions where posted queries did not come.");
+    py::class_<Retrieving>(m, "Retrieving",
+                           "Searches the graphs of all views and unites what each kv head's queries found, from now on.")
+        .def(py::init<const std::vector<const GraphView*>&, uintptr_t, int64_t, uintptr_t, int64_t, int64_t, int64_t, int64_t,
+                      int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t>(),
+             py::arg("views"), py::arg("queries"), py::arg("group"), py::arg("near"), py::arg("near_stride"),
+             py::arg("num_near"), py::arg("k"), py::arg("ef"), py::arg("num_threads"), py::arg("ids"), py::arg("keys_scored"),
+             py::arg("positions"), py::arg("clusters"), py::arg("posted"), py::arg("foreseen"), py::arg("foreseen_ef"),
+             py::keep_alive<1, 2>(), py::call_guard<py::gil_scoped_release>())
+        .def("finish", &Retrieving::finish, py::call_guard<py::gil_scoped_release>(),
+             "Joins in and waits; keys scored, positions, nanoseconds waited; -1 positions where queries did not come.");
     m.def("unite", &unite_rows,
           "Each id of a row once, plus `first`, in the order met, then -1 pads; returns how many of each row.");
 }

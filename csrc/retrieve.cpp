@@ -3,18 +3,11 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <chrono>
 #include <limits>
 #include <numeric>
 
 namespace rag {
 namespace {
-
-// Some searches of one row: the query heads begin..end - 1, done by one thread. In its caches they find what the others of
-// the row loaded, and one's wait for memory is another's turn.
-struct Task {
-    int64_t row, begin, end, cost;
-};
 
 // Cuts the rows' searches into tasks, the dearest first, so that all threads end together. `before`: keys that each search
 // of the step before scored, which tells what this one will take; heads differ by five times. A task takes no more than a
@@ -44,22 +37,6 @@ void look_up(const IndexedRow& row, const int32_t* positions, int64_t count, int
     std::fill(out + count, out + width, -1);
 }
 
-// Of tasks, the dearest first: those of bin b are order[begins[b]] .. order[begins[b + 1] - 1], each in the bin that had
-// the least to do before it.
-void deal(const std::vector<Task>& tasks, int64_t bins, std::vector<Task>& order, std::vector<int64_t>& begins) {
-    std::vector<int64_t> loads(bins, 0), bin_of(tasks.size());
-    for (size_t i = 0; i < tasks.size(); ++i) {
-        bin_of[i] = std::min_element(loads.begin(), loads.end()) - loads.begin();
-        loads[bin_of[i]] += tasks[i].cost + tasks[i].end - tasks[i].begin;
-    }
-    order.clear(), begins.assign(1, 0);
-    for (int64_t b = 0; b < bins; ++b) {
-        for (size_t i = 0; i < tasks.size(); ++i)
-            if (bin_of[i] == b) order.push_back(tasks[i]);
-        begins.push_back(order.size());
-    }
-}
-
 bool there(const float* numbers, int64_t count) {
     const auto* bits = reinterpret_cast<const volatile uint32_t*>(numbers);
     for (int64_t i = count; i-- > 0;)
@@ -67,109 +44,121 @@ bool there(const float* numbers, int64_t count) {
     return true;
 }
 
-// Waits for posted numbers, on behalf of all threads of a retrieval.
-class Arrivals {
-   public:
-    bool late() const { return late_.load(std::memory_order_relaxed); }
-    // False once one has waited too long.
-    bool await(const float* numbers, int64_t count, std::chrono::nanoseconds& waited) {
-        if (there(numbers, count)) return !late();
-        const auto begin = std::chrono::steady_clock::now();
-        while (!late()) {
-            for (int i = 0; i < 16; ++i)
-                if (ThreadPool::pause(), there(numbers, count)) {
-                    waited += std::chrono::steady_clock::now() - begin;
-                    return true;
-                }
-            if (std::chrono::steady_clock::now() - begin > kPatience) late_ = true;
-        }
-        return false;
-    }
-
-   private:
-    std::atomic<bool> late_{false};
-};
-
-struct One {
-    int64_t row, head;
-};
-
 }  // namespace
 
-int64_t retrieve(const std::vector<const IndexedRow*>& rows, const Asked& asked, const Retrieved& out, ThreadPool& pool,
-                 int64_t* waited) {
-    thread_local std::vector<std::atomic<int64_t>> kept;
-    thread_local std::vector<Task> cut_into, dealt;
-    thread_local std::vector<int64_t> begins;
-    if (kept.size() < rows.size()) kept = std::vector<std::atomic<int64_t>>(rows.size());
-    // The names of thread_local vectors are others in every thread.
-    std::atomic<int64_t>* const searches_left = kept.data();
-    const int64_t count = rows.size(), group = asked.group, k = asked.k, width = group * k;
-    if (!count || !group) return 0;
-    const int64_t numbers = rows[0]->graph.keys.width(), ef = std::max(asked.ef, k);
-    cut(count, group, pool.size(), out.keys_scored, cut_into);
-    for (int64_t r = 0; r < count; ++r) searches_left[r].store(group, std::memory_order_relaxed);
-    std::atomic<int64_t> total{0}, least_waited{std::numeric_limits<int64_t>::max()};
-    Arrivals arrivals;
-
-    // All searches of some tasks: as far as they go for what is foreseen, then to the end. False where something is late.
-    const auto run = [&](const Task* tasks, int64_t many) {
-        thread_local std::vector<One> ones;
-        ones.clear();
-        for (const Task* task = tasks; task < tasks + many; ++task)
-            for (int64_t head = task->begin; head < task->end; ++head) ones.push_back({task->row, head});
-        const int64_t all = ones.size();
-        if (!all) return;
-        std::deque<BeamSearch>& searches = searches_of_thread(all);
-        std::chrono::nanoseconds idle{0};
-        const auto each_in_turns = [&](const float* of, int64_t beam, bool anew) {
-            for (int64_t first = 0; first < all; first += kTurns) {
-                std::array<BeamSearch*, kTurns> going;
-                const int64_t turns = std::min(all - first, kTurns);
-                for (int64_t i = 0; i < turns; ++i) {
-                    const auto [r, head] = ones[first + i];
-                    const float* query = of + (r * group + head) * numbers;
-                    if (asked.posted && !arrivals.await(query, numbers, idle)) return false;
-                    going[i] = &searches[first + i];
-                    if (anew)
-                        going[i]->start(rows[r]->graph, query, beam,
-                                        {asked.near + r * group * asked.near_stride, group, asked.num_near, asked.near_stride},
-                                        head);
-                    else
-                        going[i]->turn_to(query, beam);
-                }
-                take_turns(going.data(), turns);
+bool Arrivals::await(const float* numbers, int64_t count, std::chrono::nanoseconds& waited) {
+    if (there(numbers, count)) return !late();
+    const auto begin = std::chrono::steady_clock::now();
+    while (!late()) {
+        for (int i = 0; i < 16; ++i)
+            if (ThreadPool::pause(), there(numbers, count)) {
+                waited += std::chrono::steady_clock::now() - begin;
+                return true;
             }
-            return true;
-        };
-        if (asked.foreseen && !each_in_turns(asked.foreseen, std::max<int64_t>(asked.foreseen_ef, 1), true)) return;
-        if (!each_in_turns(asked.queries, ef, !asked.foreseen)) return;
-        int64_t least = least_waited;
-        while (idle.count() < least && !least_waited.compare_exchange_weak(least, idle.count())) {
-        }
-        for (int64_t i = 0; i < all; ++i) {
-            const auto [r, head] = ones[i];
-            const int64_t at = r * group + head;
-            out.keys_scored[at] = searches[i].finish(k, out.ids + at * k, out.scores ? out.scores + at * k : nullptr);
-            if (!out.positions || searches_left[r].fetch_sub(1) > 1) continue;
-            int32_t* positions = out.positions + r * width;
-            const int64_t found = unite(out.ids + r * width, width, rows[r]->first, positions);
-            if (out.clusters) look_up(*rows[r], positions, found, width, out.clusters + r * width);
-            total += found;
-        }
-    };
-    if (asked.posted) {
-        // Every thread has its searches from the start, and goes on with them when their queries arrive.
-        deal(cut_into, pool.size(), dealt, begins);
-        const Task* const tasks = dealt.data();
-        const int64_t* const begin = begins.data();
-        pool.parallel_for(pool.size(), 1, [&](int64_t b) { run(tasks + begin[b], begin[b + 1] - begin[b]); });
-    } else {
-        const Task* const tasks = cut_into.data();
-        pool.parallel_for(cut_into.size(), 1, [&](int64_t i) { run(tasks + i, 1); });
+        if (std::chrono::steady_clock::now() - begin > kPatience) late_ = true;
     }
-    if (waited) *waited = least_waited;
-    return arrivals.late() ? kNotArrived : total.load();
+    return false;
+}
+
+Retrieval::Retrieval(std::vector<const IndexedRow*> rows, const Asked& asked, const Retrieved& out, int64_t threads)
+    : rows_(std::move(rows)), asked_(asked), out_(out) {
+    const int64_t count = rows_.size(), group = asked.group;
+    if (!count || !group) return;
+    cut(count, group, threads, out.keys_scored, tasks_);
+    searches_.assign(count * group, nullptr);
+    searches_left_ = std::vector<std::atomic<int64_t>>(count);
+    for (auto& left : searches_left_) left.store(group, std::memory_order_relaxed);
+    stages_ = std::vector<std::atomic<int>>(tasks_.size());
+}
+
+int64_t Retrieval::found() const { return arrivals_.late() ? kNotArrived : total_.load(); }
+
+int64_t Retrieval::waited() const {
+    const int64_t least = least_waited_;
+    return least == std::numeric_limits<int64_t>::max() ? 0 : least;
+}
+
+// What is foreseen is searched for by whoever comes first, the dearest first; then everyone goes on with his own searches,
+// whose keys are in his caches, and at last with those of others, as none shall wait for the slowest.
+void Retrieval::work() {
+    thread_local std::vector<int64_t> own;
+    own.clear();
+    const int64_t count = tasks_.size();
+    std::chrono::nanoseconds idle{0};
+    int64_t used = 0;
+    if (asked_.foreseen)
+        for (int64_t t; (t = next_.fetch_add(1, std::memory_order_relaxed)) < count;) {
+            if (!search(tasks_[t], asked_.foreseen, std::max<int64_t>(asked_.foreseen_ef, 1), &used, idle)) return;
+            stages_[t].store(kSearched, std::memory_order_release);
+            own.push_back(t);
+        }
+    for (int64_t t : own)
+        if (!go_on(t, idle)) return;
+    for (int64_t left = 1; left;) {
+        left = 0;
+        for (int64_t t = 0; t < count; ++t) {
+            if (arrivals_.late()) return;
+            left += asked_.foreseen && stages_[t].load(std::memory_order_relaxed) == kNew;
+            if (!go_on(t, idle)) return;
+        }
+        if (left) ThreadPool::pause();
+    }
+    int64_t least = least_waited_;
+    while (idle.count() < least && !least_waited_.compare_exchange_weak(least, idle.count())) {
+    }
+}
+
+// Takes a task that no one has taken and that is ready, to its end.
+bool Retrieval::go_on(int64_t t, std::chrono::nanoseconds& idle) {
+    int ready = asked_.foreseen ? kSearched : kNew;
+    if (stages_[t].load(std::memory_order_relaxed) != ready ||
+        !stages_[t].compare_exchange_strong(ready, kTaken, std::memory_order_acquire))
+        return true;
+    const Task& task = tasks_[t];
+    int64_t used = 0;
+    if (!search(task, asked_.queries, std::max(asked_.ef, asked_.k), asked_.foreseen ? nullptr : &used, idle)) return false;
+    const int64_t group = asked_.group, k = asked_.k, width = group * k, r = task.row;
+    for (int64_t at = r * group + task.begin; at < r * group + task.end; ++at)
+        out_.keys_scored[at] = searches_[at]->finish(k, out_.ids + at * k, out_.scores ? out_.scores + at * k : nullptr);
+    const int64_t done = task.end - task.begin;
+    if (!out_.positions || searches_left_[r].fetch_sub(done) > done) return true;
+    int32_t* positions = out_.positions + r * width;
+    const int64_t found = unite(out_.ids + r * width, width, rows_[r]->first, positions);
+    if (out_.clusters) look_up(*rows_[r], positions, found, width, out_.clusters + r * width);
+    total_ += found;
+    return true;
+}
+
+// A task's searches for their vectors `of` all queries, in turns. used: searches of the thread that are taken, to which
+// these are added; null: those of the task go on. False where a vector is late.
+bool Retrieval::search(const Task& task, const float* of, int64_t beam, int64_t* used, std::chrono::nanoseconds& idle) {
+    const int64_t r = task.row, group = asked_.group, numbers = rows_[r]->graph.keys.width();
+    const Starts starts{asked_.near + r * group * asked_.near_stride, group, asked_.num_near, asked_.near_stride};
+    for (int64_t first = task.begin; first < task.end; first += kTurns) {
+        std::array<BeamSearch*, kTurns> going;
+        const int64_t turns = std::min(task.end - first, kTurns);
+        for (int64_t i = 0; i < turns; ++i) {
+            const int64_t head = first + i, at = r * group + head;
+            const float* query = of + at * numbers;
+            if (asked_.posted && !arrivals_.await(query, numbers, idle)) return false;
+            if (used) {
+                searches_[at] = &searches_of_thread(*used + 1)[*used];
+                ++*used;
+                searches_[at]->start(rows_[r]->graph, query, beam, starts, head);
+            } else {
+                searches_[at]->turn_to(query, beam);
+            }
+            going[i] = searches_[at];
+        }
+        take_turns(going.data(), turns);
+    }
+    return true;
+}
+
+int64_t retrieve(const std::vector<const IndexedRow*>& rows, const Asked& asked, const Retrieved& out, ThreadPool& pool) {
+    Retrieval retrieval(rows, asked, out, pool.size());
+    pool.parallel_for(std::min<int64_t>(pool.size(), retrieval.tasks()), 1, [&](int64_t) { retrieval.work(); });
+    return retrieval.found();
 }
 
 }  // namespace rag

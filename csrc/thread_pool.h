@@ -76,7 +76,23 @@ class ThreadPool {
     // other chunks may not have run.
     template <class Body>
     void parallel_for(int64_t count, int64_t chunk, const Body& body) {
-        run(count, chunk, [](const void* to, int64_t i) { (*static_cast<const Body*>(to))(i); }, &body);
+        std::lock_guard<std::mutex> lock(turn_mutex_);
+        end_job();
+        begin_job(count, chunk, body);
+        end_job();
+    }
+    // A loop that the pool's own threads begin, one body(i) at a time, and in which the caller joins them with `finish` of
+    // the number returned; body must outlive that. Whoever wants a loop of his own before brings this one to its end first.
+    template <class Body>
+    uint64_t start(int64_t count, const Body& body) {
+        std::lock_guard<std::mutex> lock(turn_mutex_);
+        end_job();
+        begin_job(count, 1, body);
+        return ++started_;
+    }
+    void finish(uint64_t number) {
+        std::lock_guard<std::mutex> lock(turn_mutex_);
+        if (number == started_) end_job();
     }
 
    private:
@@ -103,18 +119,24 @@ class ThreadPool {
         return false;
     }
 
-    void run(int64_t count, int64_t chunk, Call call, const void* body) {
-        if (count <= 0) return;
-        std::lock_guard<std::mutex> one_job(job_mutex_);
-        call_ = call, body_ = body;
+    template <class Body>
+    void begin_job(int64_t count, int64_t chunk, const Body& body) {
+        call_ = [](const void* to, int64_t i) { (*static_cast<const Body*>(to))(i); };
+        body_ = &body;
         count_ = count, chunk_ = chunk, chunks_ = (count + chunk - 1) / chunk;
         error_ = nullptr, failed_ = false;
         undone_ = chunks_;
         unclaimed_ = chunks_;
-        if (shared_)
+        going_on_ = true;
+        if (!shared_ && count > 0) call_workers();
+    }
+    void end_job() {
+        if (!going_on_) return;
+        going_on_ = false;
+        if (shared_ && count_ > 0)
             team_.run([](void* pool) { static_cast<ThreadPool*>(pool)->drain(); }, this, size_);
         else
-            call_workers(), drain();
+            drain();
         const auto done = [this] { return undone_ == 0; };
         if (!spin_until(done)) {
             std::unique_lock<std::mutex> lock(mutex_);
@@ -174,11 +196,13 @@ class ThreadPool {
     TorchTeam team_;
     bool shared_, spins_;
     std::vector<std::thread> workers_;
-    std::mutex mutex_, job_mutex_;
+    std::mutex mutex_, turn_mutex_;
     std::condition_variable wake_, done_;
     std::atomic<bool> stop_{false}, caller_sleeps_{false}, failed_{false};
     std::atomic<int> asleep_{0};
-    // The job.
+    // The job, and how many there were with a number.
+    bool going_on_ = false;
+    uint64_t started_ = 0;
     Call call_ = nullptr;
     const void* body_ = nullptr;
     int64_t count_ = 0, chunk_ = 1, chunks_ = 0;

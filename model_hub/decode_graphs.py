@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Replay:
-    """Device work; `asks` and `answers`, where not None, name the layer whose query it posts, and the layer whose
-    `retrieve` comes behind its launch; foreseen: whether what that query is about was posted before."""
+    """Device work, and what the host does behind its launch, in this order: it records an event, if `asks`; lets the
+    search of the layer `expects` begin; and retrieves for the layer `answers`. foreseen: whether what that layer's
+    query is about was posted before."""
 
     graph: torch.cuda.CUDAGraph
     device: torch.device
-    asks: int | None
-    answers: int | None
-    foreseen: bool
+    asks: bool = False
+    expects: int | None = None
+    answers: int | None = None
+    foreseen: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,11 @@ class _Move:
 class DecodeGraphs:
     """The decode step of one LLM and one cache: one graph where no layer asks the host.
 
-    A layer that asks the host takes three graphs: one posts its query, behind which an event is recorded, another
-    attends to what does not depend on the answer, and posts what the next layer will ask about. The host retrieves
-    beside both, first for what was foreseen, then for the query, and the third, which attends to its answer, is small:
-    a large one takes long to launch, and the next layer's first, which goes on from there, is launched while the third
-    runs. Captured when first called, and anew where the
+    A layer that asks the host posts its query, attends to what does not depend on the answer, and posts what the next
+    layer will ask about. Meanwhile the host retrieves. What attends to its answer is a graph of its own and small: a
+    large one takes long to launch, and the next layer's other work, which goes on from there, is launched while it
+    runs; the search for what is foreseen of that layer has begun before. Where the host cannot see the query come, it
+    is posted by a graph of its own, behind which an event is recorded. Captured when first called, and anew where the
     cache's buffers have moved; the kernels must have run before. Both are referred to weakly: the cache owns this.
     """
 
@@ -75,10 +77,13 @@ class DecodeGraphs:
                 continue
             with torch.cuda.device(act.device):
                 act.graph.replay()
-                if act.asks is not None:
+                if act.asks:
                     self._events[act.device].record()
+            if act.expects is not None:
+                cache.expect_query(act.expects)
             if act.answers is not None:
-                cache.retrieve(act.answers, self._events[act.device], act.foreseen)
+                waits = cache.waits_for_query(act.answers)
+                cache.retrieve(act.answers, None if waits else self._events[act.device], act.foreseen)
         for layer in layers:
             cache.note_step(layer)
             cache.turn(layer)
@@ -110,14 +115,15 @@ class DecodeGraphs:
             asks = cache.needs_host(index)
             if asks:
                 cache.post_query(query, index)
-                tape.cut(asks=index)
+                if not cache.waits_for_query(index):
+                    tape.cut(asks=True)
             begun = cache.begin(query, index)
             told, foreseen = foreseen, llm.foresee(cache, index, hidden, cos, sin)
             if asks:
                 tape.cut(answers=index, foreseen=told)
             attended = cache.end(begun, index)
             if asks:
-                tape.cut()
+                tape.cut(expects=index + 1 if foreseen else None)
             hidden = layer.finish(hidden, attended, llm.mlp_chunk)
         self._logits = llm.project_out(hidden[:, -1])
 
@@ -146,16 +152,16 @@ class _Tape:
         self._graph = torch.cuda.CUDAGraph()
         self._graph.capture_begin(self._pools[device], capture_error_mode="thread_local")
 
-    def _close(self, asks: int | None = None, answers: int | None = None, foreseen: bool = False) -> None:
+    def _close(self, **then: Any) -> None:
         try:
             self._graph.capture_end()
         finally:
             self._context.__exit__(None, None, None)
-        self._acts.append(_Replay(self._graph, self._device, asks, answers, foreseen))
+        self._acts.append(_Replay(self._graph, self._device, **then))
 
-    def cut(self, asks: int | None = None, answers: int | None = None, foreseen: bool = False) -> None:
-        """Ends a graph, behind which the host may have something to do for the layer named, and begins the next."""
-        self._close(asks, answers, foreseen)
+    def cut(self, **then: Any) -> None:
+        """Ends a graph, behind which the host does what _Replay names, and begins the next."""
+        self._close(**then)
         self._open(self._device)
 
     def move_to(self, device: torch.device, *states: Tensor) -> list[Tensor]:

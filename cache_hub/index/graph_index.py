@@ -322,7 +322,7 @@ class AttentionAwareGraphIndex(TokenIndex):
         return SearchResult(ids, scores, keys_scored)
 
     def view(self, first: int, assignment: Tensor | None = None) -> _native.GraphView:
-        """What _native.retrieve searches, to be made anew after `insert`: ids come as positions from `first` on, beside
+        """What _native.Retrieving searches, made anew after `insert`: ids come as positions from `first` on, beside
         them, where an assignment [R, >= N] int32 is given, what it says of them; it must be on the CPU, contiguous."""
         walked, exact = (self._store, None) if self._compact is None else (self._compact.view(self.extra), self._store)
         return _native.GraphView(

@@ -30,9 +30,33 @@ inline void every_index_once(ThreadPool& pool, int64_t jobs) {
     }
 }
 
+// Loops that begin before their caller joins in, in any order with others, finished or brought to an end by those.
+inline void loops_begun_early(ThreadPool& pool) {
+    for (int64_t job = 0; job < 300; ++job) {
+        const int64_t count = job % 9;
+        std::vector<int64_t> times(count, 0);
+        const auto body = [&](int64_t i) { times[i] += i + job; };
+        const uint64_t number = pool.start(count, body);
+        if (job % 5 == 1) every_index_once(pool, 3);
+        if (job % 5 == 2) std::this_thread::sleep_for(std::chrono::microseconds(10 * (job % 40)));
+        if (job % 5 == 3) {
+            std::atomic<int64_t> sum{0};
+            const auto other = [&](int64_t i) { sum += i; };
+            const uint64_t later = pool.start(4, other);
+            pool.finish(number);
+            pool.finish(later);
+            CHECK(sum == 6);
+        }
+        pool.finish(number);
+        pool.finish(number);
+        for (int64_t i = 0; i < count; ++i) CHECK(times[i] == i + job);
+    }
+}
+
 inline void check_pool(int threads) {
     ThreadPool pool(threads, false);
     every_index_once(pool, 3000);
+    loops_begun_early(pool);
     for (int i = 0; i < 20; ++i) {
         std::this_thread::sleep_for(std::chrono::microseconds(1700 + 40 * i));  // about as long as threads look for work
         every_index_once(pool, 13);

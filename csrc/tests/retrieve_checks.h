@@ -85,6 +85,22 @@ inline void retrieval_is_search_and_union(int64_t group, int64_t dim, int64_t nu
         CHECK(retrieve(rows, asked, out, *pool) == found);
         CHECK(own_ids == ids && own_scored == scored && own_positions == positions && own_clusters == clusters);
     }
+    // Begun with other vectors: the same for any threads, and with the queries themselves what the searches found above.
+    const std::vector<float> others = make_keys(Kind::random, count * group, wide, 9);
+    for (const std::vector<float>* foreseen : {&queries, &others}) {
+        Asked early = asked;
+        early.foreseen = foreseen->data(), early.foreseen_ef = ef;
+        std::vector<int32_t> first_ids;
+        std::vector<int64_t> first_scored;
+        for (ThreadPool* pool : pools) {
+            std::vector<int32_t> own_ids(ids.size()), own_positions(ids.size());
+            std::vector<int64_t> own_scored(scored.size());
+            retrieve(rows, early, {own_ids.data(), nullptr, own_scored.data(), own_positions.data(), nullptr}, *pool);
+            if (first_ids.empty()) first_ids = own_ids, first_scored = own_scored;
+            CHECK(own_ids == first_ids && own_scored == first_scored);
+            CHECK(foreseen != &queries || (own_ids == ids && own_positions == positions));
+        }
+    }
     const Retrieved nothing{nullptr, nullptr, nullptr, nullptr, nullptr};
     CHECK(retrieve({}, asked, nothing, *pools[0]) == 0);
 }

@@ -76,7 +76,7 @@ def retrieve(
     ids = torch.full((rows, group, k), -7, dtype=torch.int32)
     scored = torch.full((rows, group), -7)
     positions, found_in = torch.full((2, rows, group * k), -7, dtype=torch.int32).unbind()
-    sums = _native.retrieve(
+    sums = _native.Retrieving(
         [part.view(clusters) for part in parts],
         asked.data_ptr(),
         group,
@@ -93,7 +93,7 @@ def retrieve(
         0 if posted is None else posted.data_ptr(),
         0 if foreseen is None else foreseen.data_ptr(),
         foreseen_ef,
-    )
+    ).finish()
     if posted is not None and sums[1] >= 0:
         assert torch.equal(asked, expected), "the queries that came are kept"
     return ids, scored, positions, found_in, *sums[:2]
@@ -188,7 +188,7 @@ def test_graphs_with_links_in_different_layouts(degree: int, layouts: list[int])
 
 
 def test_no_sequences() -> None:
-    assert _native.retrieve([], 0, 4, 0, 0, 0, 5, 5, 1, 0, 0, 0, 0, 0, 0, 0) == (0, 0, 0)
+    assert _native.Retrieving([], 0, 4, 0, 0, 0, 5, 5, 1, 0, 0, 0, 0, 0, 0, 0).finish() == (0, 0, 0)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -204,9 +204,9 @@ def test_what_does_not_fit_is_refused() -> None:
         retrieve([part], None, 5, foreseen_ef=-1)
     rest = (0, 3, 0, 0, 0, 5, 5, 1, 0, 0, 0)
     with pytest.raises(ValueError, match="keys: got 128, allowed: 64 wide"):
-        _native.retrieve([part.view(True), sequences(63, 3, 128, 1).view(True)], *rest, 0, 0, 0, 0)
+        _native.Retrieving([part.view(True), sequences(63, 3, 128, 1).view(True)], *rest, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="assignment: got 0, allowed: one for every view"):
-        _native.retrieve([part.view(False)], *rest, 1, 0, 0, 0)
+        _native.Retrieving([part.view(False)], *rest, 1, 0, 0, 0)
     part.assignment = part.assignment[:, :62]
     with pytest.raises(ValueError, match="tokens: got 62, allowed: 63 or more"):
         part.view(True)
