@@ -151,6 +151,7 @@ def test_an_exact_index_over_keys_that_the_cpu_cannot_read_is_not_searched() -> 
         ("hnsw", False, {"estimation": "none"}),
     ],
 )
+@torch.inference_mode()
 def test_a_store_on_the_gpu_gives_what_one_in_pinned_memory_does(
     strategy: str, on_gpu: bool, graph: dict[str, Any], lengths: list[int], together: int
 ) -> None:
