@@ -8,7 +8,8 @@ benchmark.decode.extended says, since random ones make other lists. Some layers 
 A row says what a layer takes, in ms, medians over the rounds: prefill, with full attention's cache; with_build; added,
 the difference, which is what is not hidden; the stages of the build where they are done: query_key_knn, key_key_knn,
 projection and cluster while the caller waits, and beside a GPU links_copy, keys_copy, repair and pack by another
-thread; and as a share of prefill, all stages and what is added. Exit status 2: bad input.
+thread; and as a share of prefill, all stages and what is added. peak_device_bytes: of the GPU's memory, the weights of
+these layers and their recorded states included. Exit status 2: bad input.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ class Build:
         """Seconds until a cache, made before, is ready to decode; and the cache."""
         cache = self.llm.init_cache(strategy, settings, [length], self.args.new)
         ids = torch.zeros(1, length, dtype=torch.int64, device=self.args.device)
+        if ids.is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.args.device)
         synchronize(self.args.device)
         begin = perf_counter()
         self.llm.prefill(ids, None, cache)
@@ -93,9 +96,12 @@ class Build:
         self.show(length)
         taken: dict[str, list[float]] = {"prefill": [], "with_build": []}
         stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
+        peaks = {name: 0 for name in taken}
         for number in range(self.args.rounds + 1):
             for name, strategy in (("prefill", "full"), ("with_build", "attention_aware_graph")):
                 seconds, cache = self.prefill(strategy, settings, length)
+                if torch.device(self.args.device).type == "cuda":
+                    peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(self.args.device))
                 if number:
                     taken[name].append(seconds)
                     for stage in STAGES if strategy != "full" else ():
@@ -113,6 +119,7 @@ class Build:
             "build_of_prefill": sum(built.values()) / times["prefill"],
             "added_of_prefill": added / times["prefill"],
             "seconds": taken,
+            "peak_device_bytes": peaks,
             "notes": notes,
             "extended": self.extended.describe(length),
         }
