@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cache_hub import RunShape, make_cache, memory, settle
+from cache_hub import SCANNED_UP_TO, RunShape, make_cache, memory, settle
 from cache_hub.memory import CPU
 from config import GraphConfig, RetroInferConfig
 
@@ -39,6 +39,12 @@ def test_auto_scans_where_the_compact_keys_fit_the_gpu(memory_of) -> None:
     assert settle([("auto", settings)], shape()) == [("attention_aware_graph", settings)]
     memory_of(40, cpu=1)  # nothing fits: the graph is what is refused
     assert settle([("auto", settings)], shape()) == [("attention_aware_graph", settings)]
+
+
+def test_auto_is_the_graph_for_prompts_that_take_longer_to_scan(memory_of) -> None:
+    memory_of(500)
+    for length, expected in ((SCANNED_UP_TO, "flat"), (SCANNED_UP_TO + 1, "attention_aware_graph")):
+        assert settle([("auto", RetroInferConfig())], shape(length=length))[0][0] == expected
 
 
 def test_auto_is_the_graph_on_a_cpu_and_where_the_scan_cannot_serve(memory_of) -> None:
