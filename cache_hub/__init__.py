@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Which of two strategies it is, `settle` says.
 AUTO = "auto"
-# Tokens of a prompt that a GPU scans in less time than 16 CPU cores search the graph: on one H100 it did at 262,144, for
+# Tokens of a prompt that a GPU scans in less time than 16 CPU cores search the graph: one H100 did at 262,144, for
 # 13.9 against 16.5 ms a token, but not at 524,288, for 19.1 against 16.1.
 SCANNED_UP_TO = 3 << 17
 STRATEGIES: dict[str, type[KV_Cache]] = {
