@@ -22,7 +22,7 @@ struct RowKernel {
 const std::vector<RowKernel>& row_kernels();
 
 #ifdef RAG_X86
-extern const RowKernel kAvx2, kAvx512;
+extern const RowKernel kAvx2, kAvx512, kAvx512Pairs;
 #endif
 
 // How many rows ahead a kernel asks for one.

@@ -75,6 +75,8 @@ const std::vector<RowKernel>& row_kernels() {
         std::vector<RowKernel> found;
 #ifdef RAG_X86
         __builtin_cpu_init();
+        if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+            found.push_back(kAvx512Pairs);
         if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
             found.push_back(kAvx512);
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))

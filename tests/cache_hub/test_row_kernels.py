@@ -61,3 +61,18 @@ def test_fewer_rows_than_are_asked_for_ahead(kernel: int, count: int) -> None:
     rows, ids = torch.randn(1, 6, 64), torch.arange(count, dtype=torch.int32)
     found = scores_of(kernel, as_key_store(rows), torch.ones(64), ids)
     torch.testing.assert_close(found, rows[0, :count].sum(1))
+
+
+@pytest.mark.parametrize("dim", [16, 32, 63, 64, 96, 128, 160])
+@pytest.mark.parametrize("kernel", range(len(KERNELS)), ids=KERNELS)
+def test_bfloat16_queries_and_keys(kernel: int, dim: int) -> None:
+    """Whose products may be made in pairs; the query beside it has one number more than bfloat16 holds."""
+    torch.manual_seed(dim)
+    rows, ids = torch.randn(1, 37, dim).bfloat16(), torch.randint(37, (50,), dtype=torch.int32)
+    query = torch.randn(dim).bfloat16().float()
+    almost = query.clone()
+    almost[-1] = 0.1
+    for asked in (query, almost):
+        terms = rows[0].double() * asked.double()
+        error = (scores_of(kernel, as_key_store(rows), asked, ids) - terms.sum(1)[ids.long()]).abs()
+        assert bool((error <= 1e-6 * terms.abs().sum(1)[ids.long()]).all())
