@@ -64,7 +64,8 @@ class RetrievingLayers(GrowingLayers):
         return self._tails[layer_idx] if self.estimation == "centroid" else None
 
     def expect_query(self, layer_idx: int) -> None:
-        self._search_of(layer_idx).begin(self._buffers_of(layer_idx), self._foreseen(layer_idx))
+        if self.waits_for_query(layer_idx):
+            self._search_of(layer_idx).begin(self._buffers_of(layer_idx), self._foreseen(layer_idx))
 
     def _foreseen(self, layer_idx: int) -> Foreseen | None:
         foreseen = self._buffers_of(layer_idx).foreseen
@@ -108,8 +109,12 @@ class RetrievingLayers(GrowingLayers):
                 arrived.synchronize()
         hint = self._foreseen(layer_idx) if foreseen else None
         with stats.timed("search"):
-            while (retrieved := search.retrieve(buffers, hint)) is None:
+            retrieved = search.retrieve(buffers, hint)
+            if retrieved is None:  # behind a prefill, say, which the device has not done yet
                 torch.cuda.synchronize(self.devices[layer_idx])
+                retrieved = search.retrieve(buffers, hint)
+        if retrieved is None:
+            raise RuntimeError(f"layer {layer_idx}: the query was not posted, or not all of it")
         self._retrieved[layer_idx] = retrieved
         stats.seconds["search"] -= search.waited
         stats.seconds["wait"] += search.waited

@@ -257,6 +257,8 @@ class LLM:
                 if isinstance(cache, StagedCache):
                     told, foreseen = foreseen, self.foresee(cache, index, hidden, cos, sin)
                     attended = cache.compute(query, index, told)
+                    if foreseen:
+                        cache.expect_query(index + 1)
                 else:
                     attended = cache.compute(query, index)
                 hidden = layer.finish(hidden, attended, self.mlp_chunk)

@@ -1,5 +1,6 @@
 """Searches that begin with a predicted query, as a model's decode steps ask for them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,3 +99,34 @@ def test_a_model_may_be_told_not_to_predict(llm: LLM, hints: Any) -> None:
     steps(llm, [300])
     assert hints
     assert all(hint is None for _, hint in hints)
+
+
+def test_a_query_that_is_never_posted_is_told(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As beside a GPU, whose queries are waited for; nothing comes here."""
+    _, cache = steps(llm, [300])
+    buffers = cache._buffers_of(1)
+    posted = torch.full(buffers.queries.shape, -1, dtype=torch.int32).view(torch.float32)
+    cache._buffers[torch.device("cpu")] = replace(buffers, posted=posted)
+    waited: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    with pytest.raises(RuntimeError, match="layer 1: the query was not posted"):
+        cache.retrieve(1, None, False)
+    assert waited == [torch.device("cpu")]
+
+
+def test_a_search_that_was_begun_early_ends_with_the_query(llm: LLM) -> None:
+    _, cache = steps(llm, [300])
+    buffers, generator = cache._buffers_of(1), torch.Generator().manual_seed(1)
+    query, near = torch.randn(2, *buffers.queries.shape, generator=generator).unbind()
+    found = []
+    for early in (False, True):
+        cache.rewind()
+        posted = torch.full(query.shape, -1, dtype=torch.int32).view(torch.float32)
+        cache._buffers[torch.device("cpu")] = replace(buffers, posted=posted, foreseen=torch.stack((near, near)))
+        if early:
+            cache.expect_query(1)
+        posted.copy_(query)
+        cache.retrieve(1, None, True)
+        assert torch.equal(buffers.queries, query)
+        found.append(buffers.positions.clone())
+    assert torch.equal(*found)
