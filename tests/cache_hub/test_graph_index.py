@@ -56,11 +56,11 @@ def test_query_stride_makes_the_graph_of_the_listed_queries(
     options: dict[str, Any] = {"key_degree": 8, "key_links": 4, "q_knn": 6, "num_entries": 8, "projection": projection}
     strided, keys, queries = build(n, group, dim, **options, query_stride=stride, key_metric="cosine")
     kept = knn.listed_queries(n, stride)
-    alone = AttentionAwareGraphIndex(**options, index_dtype="auto", key_metric="cosine")
+    alone = AttentionAwareGraphIndex(**options, index_dtype="auto", key_metric="cosine", query_stride=1)
     alone.build(keys, queries[:, :, kept], kept)
     assert torch.equal(strided.adjacency, alone.adjacency)
     assert torch.equal(strided.entries, alone.entries)
-    full, _, _ = build(n, group, dim, **options)
+    full, _, _ = build(n, group, dim, **options, query_stride=1)
     other, _, _ = build(n, group, dim, **options, query_stride=stride)
     assert torch.equal(full._metric.root, other._metric.root)
     check_structure(other, n, degree=8)
