@@ -18,7 +18,6 @@ from benchmark.document import asked_about, check_document_args, load_and_answer
 from benchmark.measure import measure
 from benchmark.needle import needle_prompt
 from benchmark.results import check_writable, environment, write_json
-from cache_hub import AUTO
 from config import ConfigError, RetroInferConfig, add_config_args, config_from_args, resolve_strategy
 from model_hub import load_model, load_tokenizer
 
@@ -103,10 +102,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = RetroInferConfig(**attn_config["RetroInfer"])
     strategy = resolve_strategy(args.attn_type, settings)
     llm = load_model(args.model_name, longest + args.gen_len, args.dtype, args.device, tokenizer, lora=args.lora)
-    if strategy == AUTO:
-        strategy, settings = llm.settle(strategy, settings, lengths, args.gen_len, args.prefill_bsz)
-        attn_config = {"RetroInfer": settings.model_dump()}
-        print(f"auto is {strategy} here{', scanned on the GPU' if strategy == 'flat' else ''}", file=sys.stderr)
+    strategy, settings = llm.settle(strategy, settings, lengths, args.gen_len, args.prefill_bsz)
+    attn_config = {"RetroInfer": settings.model_dump()}
 
     names = list(dict.fromkeys(("full", strategy)))
     for name in names:

@@ -34,6 +34,11 @@ class HostBuffers:
     foreseen: Tensor | None = None
     posted: Tensor | None = None
 
+    @property
+    def inbox(self) -> Tensor:
+        """Where a device writes its queries."""
+        return self.queries if self.posted is None else self.posted
+
     @classmethod
     def of(
         cls, batch: int, kv_heads: int, group: int, head_dim: int, k: int, pinned: bool, lifted: bool, foresees: bool
@@ -53,8 +58,8 @@ class HostBuffers:
 
 @dataclass(frozen=True)
 class Foreseen:
-    """What the queries will be about, [B * Hkv, g, D] float32, and the beam width of the searches that go on from those
-    for that."""
+    """What the queries will be about, [B * Hkv, g, D] float32, and the beam width of the searches that go on for the
+    queries."""
 
     queries: Tensor
     ef: int
@@ -72,8 +77,7 @@ class Found:
 class LayerSearch:
     """Of one layer, for sequences that any index serves, one after the other.
 
-    k: tokens a query head; warm_start: hits of the step before, for each query
-    head, that a search may start from.
+    k: tokens a query head; warm_start: hits of the step before, for each query head, that a search may start from.
     """
 
     def __init__(self, groups: Sequence[IndexedSequences], k: int, warm_start: int, tail: CentroidTail | None) -> None:

@@ -133,7 +133,7 @@ def prompt_state_bytes(shape: RunShape) -> tuple[int, int]:
 def fits(builds: Sequence[Build], shape: RunShape) -> bool:
     """Whether what `required_bytes` counts is available."""
     peaks = required_bytes(builds, shape)
-    return all(sum(table.values()) <= available_bytes(device) for device, table in peaks.items())
+    return not _short(peaks, {device: available_bytes(device) for device in peaks})
 
 
 def check_memory(names: str, builds: Sequence[Build], shape: RunShape) -> None:
@@ -141,17 +141,13 @@ def check_memory(names: str, builds: Sequence[Build], shape: RunShape) -> None:
     the longest prompt that fits. `names`: what the message calls the strategies."""
     peaks = required_bytes(builds, shape)
     there = {device: available_bytes(device) for device in peaks}
-
-    def short(needed: dict[torch.device, dict[str, int]]) -> list[torch.device]:
-        return [device for device, table in needed.items() if sum(table.values()) > there[device]]
-
-    lacking = short(peaks)
+    lacking = _short(peaks, there)
     if not lacking:
         return
     fits, too_long = 0, shape.longest
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
-        if short(required_bytes(builds, shape.cut(middle))):
+        if _short(required_bytes(builds, shape.cut(middle)), there):
             too_long = middle
         else:
             fits = middle
@@ -166,6 +162,10 @@ def check_memory(names: str, builds: Sequence[Build], shape: RunShape) -> None:
         f"{names} with a prompt of {shape.longest:,} tokens and {shape.max_new_length:,} new ones, x {shape.batch}: "
         f"{'; '.join(reasons)}; {largest}"
     )
+
+
+def _short(needed: dict[torch.device, dict[str, int]], there: dict[torch.device, float]) -> list[torch.device]:
+    return [device for device, table in needed.items() if sum(table.values()) > there[device]]
 
 
 def available_bytes(device: torch.device) -> float:

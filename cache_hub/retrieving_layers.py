@@ -75,8 +75,7 @@ class RetrievingLayers(GrowingLayers):
         return self._buffers_of(layer_idx).posted is not None
 
     def post_query(self, query_states: Tensor, layer_idx: int) -> None:
-        buffers = self._buffers_of(layer_idx)
-        post(query_states, buffers.queries if buffers.posted is None else buffers.posted)
+        post(query_states, self._buffers_of(layer_idx).inbox)
 
     def begin(self, query_states: Tensor, layer_idx: int) -> ReferenceSplits | TritonSplits:
         """Attends to the static tokens and the clusters, as if nothing were retrieved."""
@@ -136,7 +135,7 @@ class RetrievingLayers(GrowingLayers):
         held = [zone.keys, self._keys[layer_idx]]
         if self._groups[layer_idx]:
             buffers = self._buffers_of(layer_idx)
-            held += [buffers.positions, buffers.queries if buffers.posted is None else buffers.posted]
+            held += [buffers.positions, buffers.inbox]
         if tail is not None:
             held += [tail.centroids, *([tail.wanted()] if tail.share < 1 else [])]
         return tuple(tensor.data_ptr() for tensor in held)

@@ -82,7 +82,7 @@ class GraphConfig(Section):
         description="beam width, raised to top_k where smaller, of a search that goes on from one for a predicted "
         "query. The CPU does that beside a GPU before the query is there, with ef_search, for what the layer would ask "
         "of the states that enter the layer before. 0: searches wait for their queries. On a real trace of 32K tokens "
-        "160 and then 100 found as much as 160 at once, the second part in a third of that time",
+        "160 and then 100 found as much as 160 at once, the second part in a third of that time (sketch)",
     )
     top_k: int = Field(
         default=100,

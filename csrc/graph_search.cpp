@@ -1,7 +1,6 @@
 #include "graph_search.h"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -184,23 +183,6 @@ std::deque<BeamSearch>& searches_of_thread(int64_t count) {
     thread_local std::deque<BeamSearch> searches;
     while (static_cast<int64_t>(searches.size()) < count) searches.emplace_back();
     return searches;
-}
-
-void search_graph(const Graph& graph, const float* queries, int64_t count, const Starts& starts, int64_t own, int64_t k,
-                  int64_t ef, int32_t* ids, float* scores, int64_t* keys_scored) {
-    std::deque<BeamSearch>& searches = searches_of_thread(kTurns);
-    for (int64_t first = 0; first < count; first += kTurns) {
-        const int64_t last = std::min(first + kTurns, count);
-        std::array<BeamSearch*, kTurns> going;
-        int64_t left = 0;
-        for (int64_t i = first; i < last; ++i) {
-            going[left] = &searches[i - first];
-            going[left++]->start(graph, queries + i * graph.keys.width(), std::max(ef, k), starts, own + i);
-        }
-        take_turns(going.data(), left);
-        for (int64_t i = first; i < last; ++i)
-            keys_scored[i] = searches[i - first].finish(k, ids + i * k, scores ? scores + i * k : nullptr);
-    }
 }
 
 int64_t unite(const int32_t* ids, int64_t width, int64_t first, int32_t* out) {

@@ -68,11 +68,6 @@ constexpr int64_t kTurns = 8;
 // `count` searches of the calling thread, or more, the same ones in every call.
 std::deque<BeamSearch>& searches_of_thread(int64_t count);
 
-// Searches queries [count, width()] of one graph, those of the query heads from `own` on, up to eight in turns, each with a
-// beam of max(ef, k). ids, scores [count, k] and keys_scored [count] as `finish` tells them.
-void search_graph(const Graph& graph, const float* queries, int64_t count, const Starts& starts, int64_t own, int64_t k,
-                  int64_t ef, int32_t* ids, float* scores, int64_t* keys_scored);
-
 // Each id of ids [width] once, plus `first`, in the order met, then -1 pads: out [width]. Negative ids are pads. Returns
 // how many there are.
 int64_t unite(const int32_t* ids, int64_t width, int64_t first, int32_t* out);

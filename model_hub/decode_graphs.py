@@ -71,6 +71,7 @@ class DecodeGraphs:
         self._positions.copy_(torch.tensor(cache.context_lengths(0)))
         for layer in layers:
             cache.count_token(layer)
+        arrived: torch.cuda.Event | None = None
         for act in self._acts:
             if isinstance(act, _Move):
                 act.target.copy_(act.source)
@@ -78,12 +79,13 @@ class DecodeGraphs:
             with torch.cuda.device(act.device):
                 act.graph.replay()
                 if act.asks:
-                    self._events[act.device].record()
+                    arrived = self._events[act.device]
+                    arrived.record()
             if act.expects is not None:
                 cache.expect_query(act.expects)
             if act.answers is not None:
-                waits = cache.waits_for_query(act.answers)
-                cache.retrieve(act.answers, None if waits else self._events[act.device], act.foreseen)
+                cache.retrieve(act.answers, arrived, act.foreseen)
+                arrived = None
         for layer in layers:
             cache.note_step(layer)
             cache.turn(layer)

@@ -42,8 +42,7 @@ class LLM:
     Public state: `layers` (each with `.device`), `spec`, `dtype`, `max_length` (prompt and new tokens together),
     `layer_mapping` {"0": "cuda:0", ..}, `eos_ids`, `progress` (False: no progress bars; they show on terminals only),
     `predicts` (False: no search begins before its query is there), `mlp_chunk` (tokens of a prompt that projections and
-    MLP take at a time), and after `generate` its `cache` and
-    `timing`.
+    MLP take at a time), and after `generate` its `cache` and `timing`.
     """
 
     def __init__(
@@ -173,8 +172,10 @@ class LLM:
         saved prefix is not built, and its files need not be in memory.
         """
         check_room(lengths, max_new_length, self.max_length, self.spec.window)
+        shape = self._shape(lengths, max_new_length, prefill_bsz)
+        settled = settle(builds, shape)
         if not from_files:
-            self.check_memory(builds, lengths, max_new_length, prefill_bsz)
+            check_fits(settled, shape)
         common: dict[str, Any] = {
             "valid_start": None,
             "layer_num": self.spec.layer_num,
@@ -189,7 +190,6 @@ class LLM:
             "max_new_length": max_new_length,
             "diagnose": diagnose,
         }
-        settled = settle(builds, self._shape(lengths, max_new_length, prefill_bsz))
         caches = [make_cache(strategy, settings, **common) for strategy, settings in settled]
         for cache, (asked, settings), (strategy, _) in zip(caches, builds, settled, strict=True):
             cache.use_cuda_graph = settings.use_cuda_graph

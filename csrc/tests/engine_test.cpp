@@ -105,7 +105,7 @@ void check_search(const Graph& graph, const Rows& exact, const std::vector<float
             std::vector<int64_t> scored(count);
             std::vector<int32_t> near(count * 3, -1);  // some start from two keys, one of them an entry or not
             for (int64_t q = 0; q < count; q += 2) near[q * 3] = static_cast<int32_t>(n - 1), near[q * 3 + 1] = 0;
-            search_graph(graph, queries.data(), count, {near.data(), count, 3, 3}, 0, k, ef, ids.data(), scores.data(), scored.data());
+            search_each(graph, queries.data(), count, {near.data(), count, 3, 3}, 0, k, ef, ids.data(), scores.data(), scored.data());
             for (int64_t q = 0; q < count; ++q) {
                 exact.score(&queries[q * dim], all_ids(n).data(), n, all.data());
                 const int32_t* found = &ids[q * k];

@@ -48,6 +48,18 @@ struct TestGraphs {
     TestGraphs& operator=(const TestGraphs&) = delete;
 };
 
+// Searches queries [count, width()] of one graph, those of the query heads from `own` on, one after the other.
+inline void search_each(const Graph& graph, const float* queries, int64_t count, const Starts& starts, int64_t own, int64_t k,
+                        int64_t ef, int32_t* ids, float* scores, int64_t* keys_scored) {
+    BeamSearch search;
+    for (int64_t i = 0; i < count; ++i) {
+        search.start(graph, queries + i * graph.keys.width(), std::max(ef, k), starts, own + i);
+        while (search.step()) {
+        }
+        keys_scored[i] = search.finish(k, ids + i * k, scores + i * k);
+    }
+}
+
 inline void retrieval_is_search_and_union(int64_t group, int64_t dim, int64_t num_near, bool lifted, bool compact,
                                           bool clustered, const std::vector<ThreadPool*>& pools) {
     const int64_t k = 7, ef = 12, near_stride = num_near + 2, width = group * k;
@@ -70,7 +82,7 @@ inline void retrieval_is_search_and_union(int64_t group, int64_t dim, int64_t nu
     for (int64_t r = 0; r < count; ++r) {
         const Starts starts{&near[r * group * near_stride], group, num_near, near_stride};
         for (int64_t own = 0; own < group; ++own)
-            search_graph(rows[r]->graph, &queries[(r * group + own) * wide], 1, starts, own, k, ef, &ids[(r * group + own) * k],
+            search_each(rows[r]->graph, &queries[(r * group + own) * wide], 1, starts, own, k, ef, &ids[(r * group + own) * k],
                          scores.data(), &scored[r * group + own]);
         found += unite(&ids[r * width], width, rows[r]->first, &positions[r * width]);
         for (int64_t i = r * width; i < (r + 1) * width && clustered; ++i)
