@@ -62,7 +62,7 @@ class PrunedScan(DeviceScan):
         tuning, rows, clusters = self.tuning, batch * kv_heads, keys.starts.shape[2] - 1
         strides = query.stride(0), query.stride(2)
         every = triton.cdiv(clusters, _SAMPLE)
-        sample = triton.next_power_of_2(triton.cdiv(clusters, every))
+        sample = max(triton.next_power_of_2(triton.cdiv(clusters, every)), 16)
         with torch.cuda.device_of(query):
             rank_clusters_kernel[(rows, triton.cdiv(clusters, _RANKED_AT_ONCE))](
                 query, centroids, keys.starts, self.ranks, clusters, centroids.shape[2], kv_heads, *strides,

@@ -92,7 +92,9 @@ def compile_scan(capability: int, dim: int, group: int, run: int, maxima: int) -
     sizes |= {"BLOCK_R": maxima, "WIDTH": 128, "LOG_K": 7}
     absent = {"places": None, "tokens": None}
     for kernel, warps, heads in ((scan_kernel, 4, max(group, 8)), (select_kernel, 16, group), (unite_kernel, 4, group)):
-        constants = {name: value for name, value in (sizes | absent | {"BLOCK_G": heads}).items() if name in kernel.arg_names}
+        constants = {
+            name: value for name, value in (sizes | absent | {"BLOCK_G": heads}).items() if name in kernel.arg_names
+        }
         compile_kernel(kernel, capability, types, constants, num_warps=warps)
 
 
@@ -139,6 +141,8 @@ if __name__ == "__main__":
     for capability in (80, 90):
         compile_scan(capability, 128, 4, 32, 4096)
         compile_scan(capability, 80, 8, 64, 8192)
+        compile_pruned(capability, 128, 4, 32, 1 << 14)
+        compile_pruned(capability, 80, 8, 64, 1 << 10)
         for width, dim in ((16, 64), (32, 256)):
             compile_kernel(prune_fill_kernel, capability, prune_types, {"BLOCK_W": width, "BLOCK_D": dim})
         for beside in ("*fp32", None):
