@@ -15,6 +15,7 @@ _LANES = tl.constexpr(16)
 def rank_clusters_kernel(  # type: ignore[no-untyped-def]
     query, centroids, starts, ranks, clusters, capacity, kv_heads, stride_qb, stride_qh,
     DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_C clusters of one (sequence, kv head), for the GROUP query heads together. Writes ranks, the
     inner products of query and centroid; -inf for clusters that have no keys."""
@@ -25,12 +26,12 @@ def rank_clusters_kernel(  # type: ignore[no-untyped-def]
     there = ok & (tl.load(begin, mask=ok, other=0) < tl.load(begin + 1, mask=ok, other=0))
     dim = tl.arange(0, BLOCK_D)
     place = centroids + (row * capacity + cluster[:, None]) * DIM + dim[None, :]
-    centroid = tl.load(place, mask=there[:, None] & (dim < DIM)[None, :], other=0.0)
+    centroid = tl.load(place, mask=there[:, None] & (dim < DIM)[None, :], other=0.0).to(COMPUTE)
     member = tl.arange(0, BLOCK_G)
     member_ok = member < GROUP
     head = (row % kv_heads) * GROUP + member
     at = query + (row // kv_heads) * stride_qb + head[None, :] * stride_qh + dim[:, None]
-    q = tl.load(at, mask=member_ok[None, :] & (dim < DIM)[:, None], other=0.0).to(centroid.dtype)
+    q = tl.load(at, mask=member_ok[None, :] & (dim < DIM)[:, None], other=0.0).to(COMPUTE)
     score = tl.where(there[:, None], tl.dot(centroid, q, input_precision="ieee"), float("-inf"))
     out = ranks + (row * GROUP + member[None, :]) * clusters + cluster[:, None]
     tl.store(out, score, mask=ok[:, None] & member_ok[None, :])

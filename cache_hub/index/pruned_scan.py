@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from .clustered_keys import ClusteredKeys
@@ -67,7 +68,8 @@ class PrunedScan(DeviceScan):
             rank_clusters_kernel[(rows, triton.cdiv(clusters, _RANKED_AT_ONCE))](
                 query, centroids, keys.starts, self.ranks, clusters, centroids.shape[2], kv_heads, *strides,
                 DIM=dim, GROUP=self._group, BLOCK_G=max(triton.next_power_of_2(self._group), 16),
-                BLOCK_C=_RANKED_AT_ONCE, BLOCK_D=max(triton.next_power_of_2(dim), 16), num_warps=4,
+                BLOCK_C=_RANKED_AT_ONCE, BLOCK_D=max(triton.next_power_of_2(dim), 16),
+                COMPUTE=_compute(query, centroids), num_warps=4,
             )  # fmt: skip
             bound_kernel[(rows * self._group,)](
                 self.ranks, keys.wanted, self.bounds, clusters,
@@ -96,3 +98,9 @@ class PrunedScan(DeviceScan):
         """See DeviceScan."""
         assert isinstance(keys, ClusteredKeys)
         self._unite(keys, union, query, self.places, keys.tokens)
+
+
+def _compute(query: Tensor, centroids: Tensor) -> tl.dtype:
+    """What products are taken of: 16 bits where query and centroids are that, which Triton's interpreter cannot."""
+    same = query.is_cuda and query.dtype == centroids.dtype
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(query.dtype, tl.float32) if same else tl.float32

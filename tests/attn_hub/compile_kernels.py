@@ -105,7 +105,7 @@ def compile_pruned(capability: int, dim: int, group: int, run: int, clusters: in
     types |= {"query": "*bf16", "centroids": "*bf16", "codes": "*i8", "scanned": "*i64"}
     types |= dict.fromkeys(("scales", "ranks", "scores", "maxima"), "*fp32")
     sizes = {"DIM": dim, "GROUP": group, "BLOCK_D": triton.next_power_of_2(dim), "EVERY": 1, "BLOCK": clusters}
-    sizes |= {"BLOCK_N": 128, "RUN": run, "STAGES": 3}
+    sizes |= {"BLOCK_N": 128, "RUN": run, "STAGES": 3, "COMPUTE": tl.bfloat16}
     for kernel, warps, heads, block in (
         (rank_clusters_kernel, 4, max(group, 16), 64),
         (bound_kernel, 16, group, 1),

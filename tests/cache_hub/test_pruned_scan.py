@@ -106,6 +106,20 @@ def test_the_best_of_the_best_clusters(
     assert torch.equal(found.sort(3).values, best_scanned(query, keys, members, k).sort(3).values)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_16_bits(device: str, dtype: torch.dtype) -> None:
+    table = Table([700], "even", 128, device)
+    query, centroids = table.asked(4).to(dtype), table.centroids.to(dtype)
+    table.keys.want(0.2, 1)
+    scan = PrunedScan(table.keys, 4, 20, SMALL)
+    scan.search_clusters(query, table.keys, centroids, scan.counters(table.keys))
+    ranks = scan.ranks.view(1, KV_HEADS, 4, -1)
+    torch.testing.assert_close(ranks, ranks_of(query, centroids, table.sizes).float(), rtol=1e-4, atol=1e-3)
+    members = scanned_by(chosen_by(scan, ranks), table.assignment, [700])
+    found, _ = scan.found(table.keys)
+    assert torch.equal(found.sort(3).values, best_scanned(query, table.keys, members, 20).sort(3).values)
+
+
 @pytest.mark.parametrize(("tokens", "group", "dim", "k"), CASES)
 def test_all_clusters_are_all_keys(device: str, tokens: list[int], group: int, dim: int, k: int) -> None:
     table = Table(tokens, "ragged", dim, device)
