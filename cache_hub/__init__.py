@@ -67,7 +67,8 @@ def _can_scan(settings: RetroInferConfig) -> bool:
     from .index.device_scan import MAX_TOP_K  # Triton only where it is used
 
     graph = settings.attention_aware_graph
-    return graph.estimation != "softmax_lift" and graph.top_k <= MAX_TOP_K
+    estimations = ("none", "centroid") if settings.flat.scan_share == 1 else ("centroid",)
+    return graph.estimation in estimations and graph.top_k <= MAX_TOP_K
 
 
 def _scanning(settings: RetroInferConfig) -> tuple[str, RetroInferConfig]:

@@ -20,9 +20,11 @@ class FlatCache(TokenIndexCache):
     def chosen(cls, settings: RetroInferConfig) -> type[KV_Cache]:
         if not settings.flat.on_gpu:
             return cls
-        from .scanned_cache import ScannedFlatCache  # Triton only where it is used
+        # Triton only where it is used.
+        from .pruned_cache import PrunedFlatCache
+        from .scanned_cache import ScannedFlatCache
 
-        return ScannedFlatCache
+        return ScannedFlatCache if settings.flat.scan_share == 1 else PrunedFlatCache
 
     @classmethod
     def index_of(cls, settings: RetroInferConfig) -> TokenIndex:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Scanned:
+class Scanned:
     """What a layer's device has of its indexed tokens; see Union. None of it ever moves."""
 
     keys: DeviceKeys
@@ -53,7 +53,7 @@ class ScannedFlatCache(FlatCache):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._check_use(self.estimation, self.top_k, self.devices)
-        self._scanned: dict[int, _Scanned] = {}
+        self._scanned: dict[int, Scanned] = {}
         self._scans: dict[torch.device, DeviceScan] = {}
         self._counters: list[Tensor] = []
         self._count_anew()
@@ -83,7 +83,7 @@ class ScannedFlatCache(FlatCache):
         ends, batch = o["static_pattern_start"] + o["static_pattern_end"], inserted_at_once(o["insert_batch"], new)
         if shape.longest <= ends:
             return needs
-        room = _room(shape.longest - ends, new, batch)
+        room = room_for(shape.longest - ends, new, batch)
         rows = shape.batch * shape.kv_heads
         queries = batch * shape.batch * shape.heads * shape.head_dim * shape.dtype.itemsize
         compact = DeviceKeys.expected_bytes(rows, room, shape.head_dim) + 4 * rows * room + queries
@@ -141,13 +141,15 @@ class ScannedFlatCache(FlatCache):
         begun = super().begin(query_states, layer_idx)
         if self._groups[layer_idx]:
             query = query_states if query_states.stride(3) == 1 else query_states.contiguous()
-            state, scan = self._scanned[layer_idx], self._scan_of(layer_idx)
-            scan.search(query, state.keys)
-            scan.unite(state.keys, self._union_of(layer_idx), query)
+            self._search(query, layer_idx)
+            self._scan_of(layer_idx).unite(self._scanned[layer_idx].keys, self._union_of(layer_idx), query)
             if self.stats.agreement is not None:
                 with self.stats.timed("diagnosis"):
-                    self._diagnose(query, scan.ids, layer_idx)
+                    self._diagnose(query, layer_idx)
         return begun
+
+    def _search(self, query: Tensor, layer_idx: int) -> None:
+        self._scan_of(layer_idx).search(query, self._scanned[layer_idx].keys)
 
     def captured(self, layer_idx: int) -> tuple[int, ...]:
         addresses = super().captured(layer_idx)
@@ -169,9 +171,7 @@ class ScannedFlatCache(FlatCache):
         stats.scored_of += context * self.num_heads
         if not self._groups[layer_idx]:
             return
-        scored = sum(self._scanned[layer_idx].keys.counts) * self.num_heads
-        stats.scored += scored
-        stats.scored_bytes += scored * (self.head_dim + 4)
+        self._note_scored(layer_idx)
         tail = self._tail_of(layer_idx)
         if tail is not None:
             stats.estimated += tail.attended
@@ -179,40 +179,52 @@ class ScannedFlatCache(FlatCache):
                 self._count_centroids(sum(tail.clusters))
         self._note_due(layer_idx)
 
+    def _note_scored(self, layer_idx: int) -> None:
+        scored = sum(self._scanned[layer_idx].keys.counts) * self.num_heads
+        self.stats.scored += scored
+        self.stats.scored_bytes += scored * (self.head_dim + 4)
+
     def _note_due(self, layer_idx: int) -> None:
         ring, step = self._scanned[layer_idx].ring, self.generated[layer_idx]
         if ring is not None and step <= self.max_new_length and self._latest[layer_idx].due(step):
             self._due[layer_idx] = ring.roll(-(step % self.insert_batch), 0)
 
-    def _diagnose(self, query: Tensor, ids: Tensor, layer_idx: int) -> None:
+    def _diagnose(self, query: Tensor, layer_idx: int) -> None:
         assert self.stats.agreement is not None
         queries, found = query.float().cpu().reshape(-1, self.group_size, self.head_dim), []
+        ids, scored = self._scan_of(layer_idx).found(self._scanned[layer_idx].keys)
         for group in self._groups[layer_idx]:
-            own = ids[group.sequences].flatten(0, 1).cpu()
-            found.append(Found(own, torch.full(own.shape[:2], group.stop - group.first)))
+            own, keys = (table[group.sequences].flatten(0, 1).cpu() for table in (ids, scored))
+            found.append(Found(own, keys.long()[:, None].repeat(1, own.shape[1])))
         self._compare(queries, found, layer_idx, self.stats.agreement)
 
-    def _state_of(self, layer_idx: int) -> _Scanned:
+    def _state_of(self, layer_idx: int) -> Scanned:
         if layer_idx not in self._scanned:
             device, rows = self.devices[layer_idx], (self.batch_size, self.kv_head)
             middle = self.max_length - self.max_new_length - self.sinks - self.window
-            room = _room(middle, self.max_new_length, self.insert_batch)
+            room = room_for(middle, self.max_new_length, self.insert_batch)
             ring = None
             if self.insert_batch:
                 shape = (self.insert_batch, self.batch_size, self.num_heads, self.head_dim)
                 ring = torch.zeros(shape, dtype=self.dtype, device=device)
-            keys = DeviceKeys(*rows, room, self.head_dim, device)
+            keys = self._empty_keys(room, device)
             counts, steps = (torch.zeros(rows, dtype=kind, device=device) for kind in (torch.int64, torch.int32))
             assignment = torch.zeros(keys.scales.shape, dtype=torch.int32, device=device)
-            self._scanned[layer_idx] = _Scanned(keys, counts, steps, assignment, ring)
+            self._scanned[layer_idx] = Scanned(keys, counts, steps, assignment, ring)
             self._counters.append(counts)
         return self._scanned[layer_idx]
 
     def _scan_of(self, layer_idx: int) -> DeviceScan:
         device = self.devices[layer_idx]
         if device not in self._scans:
-            self._scans[device] = DeviceScan(self._scanned[layer_idx].keys, self.group_size, self.top_k)
+            self._scans[device] = self._scan_over(self._scanned[layer_idx].keys)
         return self._scans[device]
+
+    def _empty_keys(self, room: int, device: torch.device) -> DeviceKeys:
+        return DeviceKeys(self.batch_size, self.kv_head, room, self.head_dim, device)
+
+    def _scan_over(self, keys: DeviceKeys) -> DeviceScan:
+        return DeviceScan(keys, self.group_size, self.top_k)
 
     def _union_of(self, layer_idx: int) -> Union:
         state, buffers = self._scanned[layer_idx], self._buffers_of(layer_idx)
@@ -233,7 +245,10 @@ class ScannedFlatCache(FlatCache):
     def _count_anew(self) -> None:
         """Goes on with statistics of which the devices count what they find."""
         totals = {field.name: getattr(self.stats, field.name) for field in fields(CacheStats)}
-        self.stats = DeviceCountedStats(self._counters, self._moved_bytes(0), **totals)
+        self.stats = self._stats_of(totals)
+
+    def _stats_of(self, totals: dict[str, Any]) -> DeviceCountedStats:
+        return DeviceCountedStats(self._counters, self._moved_bytes(0), **totals)
 
     @property
     def index_bytes(self) -> int:
@@ -241,6 +256,6 @@ class ScannedFlatCache(FlatCache):
         return super().index_bytes + sum(state.keys.nbytes + state.assignment.nbytes for state in states)
 
 
-def _room(middle: int, new: int, batch: int) -> int:
+def room_for(middle: int, new: int, batch: int) -> int:
     """Tokens that are ever indexed, of `middle` of the prompt and `new` generated ones, `batch` at a time; 0: none."""
     return middle + (new // batch * batch if batch else 0)

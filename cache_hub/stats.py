@@ -125,3 +125,38 @@ class DeviceCountedStats(CacheStats):
     @bytes_moved.setter
     def bytes_moved(self, total: int) -> None:
         self.known_moved = total - self._row_bytes * self._counted
+
+
+class ScanCountedStats(DeviceCountedStats):
+    """DeviceCountedStats whose keys scored are partly counted by devices, too; waited for when `scored` or
+    `scored_bytes` is asked for.
+
+    scanned: tensors whose sum are keys, each scored by `group` query heads, of key_bytes. known_scored,
+    known_scored_bytes: the rest, to which the host adds without a wait.
+    """
+
+    def __init__(
+        self, scanned: list[Tensor], group: int, key_bytes: int, counters: list[Tensor], row_bytes: int, **totals: Any
+    ) -> None:
+        self._scanned, self._group, self._key_bytes = scanned, group, key_bytes
+        super().__init__(counters, row_bytes, **totals)
+
+    @property
+    def _scored(self) -> int:
+        return self._group * sum(int(counter.sum()) for counter in self._scanned)
+
+    @property
+    def scored(self) -> int:
+        return self.known_scored + self._scored
+
+    @scored.setter
+    def scored(self, total: int) -> None:
+        self.known_scored = total - self._scored
+
+    @property
+    def scored_bytes(self) -> int:
+        return self.known_scored_bytes + self._key_bytes * self._scored
+
+    @scored_bytes.setter
+    def scored_bytes(self, total: int) -> None:
+        self.known_scored_bytes = total - self._key_bytes * self._scored

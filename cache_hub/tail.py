@@ -163,6 +163,12 @@ class CentroidTail:
         clusters = rows * _counts(tokens)[1]
         return clusters * (2 * head_dim * dtype.itemsize + 4), 4 * (clusters + rows * tokens)
 
+    @staticmethod
+    def most_clusters(tokens: int, new: int, batch: int) -> int:
+        """That a sequence ever has, of at most `tokens` of a prompt and of `new` generated ones that enter the index
+        `batch` at a time; 0: none does."""
+        return max(tokens // TOKENS_PER_CLUSTER, 1) + (new // batch * _counts(batch)[1] if batch else 0)
+
     @property
     def nbytes(self) -> int:
         tables = (self.centroids, self.value_means, self.log_sizes, self.sizes, self.assignment)

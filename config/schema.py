@@ -162,6 +162,14 @@ class FlatConfig(Section):
         description="scan on the GPU of each layer, over a copy of its keys in 8 bits that lies there (D + 4 bytes for "
         "a key of dimension D); keys and values stay in CPU memory. The top 100 are then exact but for about 2 in 100",
     )
+    scan_share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of the clusters of estimation centroid that each query head chooses by their centroids, "
+        "top_k at least, for on_gpu to scan those that any head of the group has chosen; 1: all keys. On real traces "
+        "of 32,768 tokens 0.05 scanned 9 % of the keys, for a recall@100 of .96 to .98, of all keys .98 to .99",
+    )
 
 
 class IVFConfig(Section):

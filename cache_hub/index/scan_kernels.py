@@ -20,25 +20,12 @@ def scan_kernel(  # type: ignore[no-untyped-def]
     """One program: a split of the keys of one (sequence, kv head), for the GROUP query heads together. Writes scores
     and the maxima of runs of RUN keys; behind the last key up to the end of its tile -inf.
 
-    A query is 16 bits in two of 8, whose products with a key's codes lie in columns c and BLOCK_G + c of one product of
-    8-bit numbers: what the query loses is far less than what the key did. Scores are those of the query over its
-    largest element, which leaves their order as it is.
+    Scores are those of the query over its largest element, which leaves their order as it is.
     """
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, 2 * BLOCK_G)
-    member = column % BLOCK_G
+    asked = _asked(query, row, kv_heads, stride_qb, stride_qh, DIM, GROUP, BLOCK_G, BLOCK_D)
     dim = tl.arange(0, BLOCK_D)
     dim_ok = (dim < DIM)[None, :]
-    head = (row % kv_heads) * GROUP + member
-    at = query + (row // kv_heads) * stride_qb + head[:, None] * stride_qh + dim[None, :]
-    q = tl.load(at, mask=(member < GROUP)[:, None] & dim_ok, other=0.0).to(tl.float32)
-    most = tl.maximum(tl.max(tl.abs(q), 1), 1e-30)
-    q = tl.div_rn(q, tl.div_rn(most, tl.full([2 * BLOCK_G], 127.0, tl.float32))[:, None] + tl.zeros_like(q))
-    upper = tl.floor(q + 0.5)
-    lower = tl.minimum(tl.floor((q - upper) * _UPPER + 0.5), 127.0)
-    asked = tl.trans(tl.where((column < BLOCK_G)[:, None], upper, lower).to(tl.int8))
-    weight = tl.where(tl.arange(0, 2) == 0, _UPPER, 1)[None, :, None]
-
     length = tl.load(lengths + row)
     tiles = tl.cdiv(length, BLOCK_N)
     each = tl.cdiv(tiles, splits)
@@ -53,9 +40,7 @@ def scan_kernel(  # type: ignore[no-untyped-def]
         place = codes + key[:, None].to(tl.int64) * DIM + dim[None, :]
         code = tl.load(place) if DIM == BLOCK_D else tl.load(place, mask=dim_ok, other=0)
         scale = tl.load(scales + key)
-        product = tl.dot(code, asked, out_dtype=tl.int32)
-        whole = tl.sum(tl.reshape(product, [BLOCK_N, 2, BLOCK_G]) * weight, 1)
-        score = tl.where((key < length)[:, None], whole.to(tl.float32) * scale[:, None], float("-inf"))
+        score = _scores(code, scale, key < length, asked, BLOCK_N, BLOCK_G)
         tl.store(scores + here[None, :] * capacity + key[:, None], score, mask=here_ok)
         best = tl.max(tl.reshape(score, [BLOCK_N // RUN, RUN, BLOCK_G]), 1)
         run = tile * (BLOCK_N // RUN) + tl.arange(0, BLOCK_N // RUN)
@@ -68,7 +53,8 @@ def select_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr, RUN: tl.constexpr, BLOCK_R: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program: the ids of one query head's k <= WIDTH best keys, ascending, -1 behind them where there are fewer;
-    of keys that score the same as the last of them, the lowest ids.
+    of keys that score the same as the last of them, the lowest ids. What scores -inf is no key; nor is any key of a run
+    whose maximum is.
 
     The k-th largest of the maxima is a score that k keys reach: whatever belongs to the best k lies in the runs whose
     maximum reaches it, or, of those whose maximum it is, in as many as make k. chosen_runs [heads, WIDTH]: room.
@@ -77,7 +63,8 @@ def select_kernel(  # type: ignore[no-untyped-def]
     length = tl.load(lengths + head // GROUP)
     run = tl.arange(0, BLOCK_R)
     run_ok = run * RUN < length
-    best = _ordinals(tl.load(maxima + head * (capacity // RUN) + run, mask=run_ok, other=0.0), run_ok)
+    most = tl.load(maxima + head * (capacity // RUN) + run, mask=run_ok, other=float("-inf"))
+    best = _ordinals(most, most > float("-inf"))
     taken = _reach(best, _nth_largest(best, k, WIDTH), WIDTH)
     room = chosen_runs + head * WIDTH
     tl.store(room + tl.cumsum(taken, 0) - 1, run, mask=taken > 0)
@@ -88,7 +75,8 @@ def select_kernel(  # type: ignore[no-untyped-def]
     ok = slot // RUN < number
     key = tl.load(room + slot // RUN, mask=ok, other=0) * RUN + slot % RUN
     ok = ok & (key < length)
-    score = _ordinals(tl.load(scores + head * capacity + key, mask=ok, other=0.0), ok)
+    score = tl.load(scores + head * capacity + key, mask=ok, other=float("-inf"))
+    score = _ordinals(score, score > float("-inf"))
     taken = _reach(score, _nth_largest(score, k, k), k)
     tl.store(ids + head * k + tl.cumsum(taken, 0) - 1, key, mask=taken > 0)
     place = tl.arange(0, WIDTH)
@@ -97,12 +85,13 @@ def select_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def unite_kernel(  # type: ignore[no-untyped-def]
-    ids, lengths, assignment, positions, clusters, counts, query, ring, steps, capacity, ring_size, first, k, kv_heads,
-    stride_qb, stride_qh,
+    ids, places, tokens, assignment, positions, clusters, counts, query, ring, steps, slots, capacity, ring_size, first,
+    k, kv_heads, stride_qb, stride_qh,
     DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, LOG_K: tl.constexpr,
 ):  # fmt: skip
     """One program: one (sequence, kv head). Positions and clusters of the keys that its query heads found, each once,
     -1 where another has it; adds their number to counts; keeps the query in the ring, if there is one, as the step's.
+    An id is a token's number or, where there are places, a slot: of the token tokens[places[slot]].
     """
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, BLOCK_G << LOG_K)
@@ -110,7 +99,6 @@ def unite_kernel(  # type: ignore[no-untyped-def]
     ok = (head < GROUP) & (place < k)
     mine = ids + row * GROUP * k
     key = tl.load(mine + head * k + place, mask=ok, other=-1)
-    count = tl.minimum(tl.load(lengths + row), k)
     kept = key >= 0
     for other in range(GROUP - 1):
         theirs = mine + other * k
@@ -118,14 +106,18 @@ def unite_kernel(  # type: ignore[no-untyped-def]
         below = tl.zeros_like(slot)
         for bit in tl.static_range(LOG_K, -1, -1):
             probe = below + (1 << bit)
-            inside = asks & (probe <= count)
-            value = tl.load(theirs + probe - 1, mask=inside, other=0)
-            below = tl.where(inside & (value < key), probe, below)
-        kept = kept & (tl.load(theirs + below, mask=asks & (below < count), other=-1) != key)
+            inside = asks & (probe <= k)
+            value = tl.load(theirs + probe - 1, mask=inside, other=-1)
+            below = tl.where((value >= 0) & (value < key), probe, below)
+        kept = kept & (tl.load(theirs + below, mask=asks & (below < k), other=-1) != key)
     out = row * GROUP * k + head * k + place
-    tl.store(positions + out, tl.where(kept, key + first, -1), mask=ok)
+    token = key
+    if places is not None:
+        at = tl.load(places + row * slots + key, mask=kept, other=0)
+        token = tl.load(tokens + row * capacity + at, mask=kept, other=0)
+    tl.store(positions + out, tl.where(kept, token + first, -1), mask=ok)
     if assignment is not None:
-        cluster = tl.load(assignment + row * capacity + key, mask=kept, other=-1)
+        cluster = tl.load(assignment + row * capacity + token, mask=kept, other=-1)
         tl.store(clusters + out, cluster, mask=ok)
     tl.store(counts + row, tl.load(counts + row) + tl.sum(kept.to(tl.int64), 0))
     if ring is not None:
@@ -137,6 +129,35 @@ def unite_kernel(  # type: ignore[no-untyped-def]
         slots = (step % ring_size).to(tl.int64) * tl.num_programs(0) + row
         tl.store(ring + (slots * GROUP + member) * DIM + dim, states, mask=there)
         tl.store(steps + row, step + 1)
+
+
+@triton.jit
+def _asked(  # type: ignore[no-untyped-def]
+    query, row, kv_heads, stride_qb, stride_qh,
+    DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The row's queries over their largest elements, [BLOCK_D, 2 * BLOCK_G] int8: 16 bits in two of 8, whose products
+    with a key's codes lie in columns c and BLOCK_G + c. What the query loses is far less than what the key did."""
+    column = tl.arange(0, 2 * BLOCK_G)
+    member = column % BLOCK_G
+    dim = tl.arange(0, BLOCK_D)
+    head = (row % kv_heads) * GROUP + member
+    at = query + (row // kv_heads) * stride_qb + head[:, None] * stride_qh + dim[None, :]
+    q = tl.load(at, mask=(member < GROUP)[:, None] & (dim < DIM)[None, :], other=0.0).to(tl.float32)
+    most = tl.maximum(tl.max(tl.abs(q), 1), 1e-30)
+    q = tl.div_rn(q, tl.div_rn(most, tl.full([2 * BLOCK_G], 127.0, tl.float32))[:, None] + tl.zeros_like(q))
+    upper = tl.floor(q + 0.5)
+    lower = tl.minimum(tl.floor((q - upper) * _UPPER + 0.5), 127.0)
+    return tl.trans(tl.where((column < BLOCK_G)[:, None], upper, lower).to(tl.int8))
+
+
+@triton.jit
+def _scores(code, scale, there, asked, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[BLOCK_N, BLOCK_G] of keys code [BLOCK_N, BLOCK_D] and scale [BLOCK_N], -inf for those that are not there."""
+    weight = tl.where(tl.arange(0, 2) == 0, _UPPER, 1)[None, :, None]
+    product = tl.dot(code, asked, out_dtype=tl.int32)
+    whole = tl.sum(tl.reshape(product, [BLOCK_N, 2, BLOCK_G]) * weight, 1)
+    return tl.where(there[:, None], whole.to(tl.float32) * scale[:, None], float("-inf"))
 
 
 @triton.jit

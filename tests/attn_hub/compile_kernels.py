@@ -13,6 +13,7 @@ from cache_hub.cluster_kernels import nearest_centroid_kernel, sum_members_kerne
 from cache_hub.index.chunk_topk import chunk_maxima_kernel, chunk_scores_kernel, largest_kernel
 from cache_hub.index.co_occurrence_kernels import first_from_kernel, nearest_in_lists_kernel
 from cache_hub.index.projection import pair_scores_kernel, prune_fill_kernel
+from cache_hub.index.prune_kernels import bound_kernel, rank_clusters_kernel, scan_chosen_kernel
 from cache_hub.index.scan_kernels import scan_kernel, select_kernel, unite_kernel
 from cache_hub.index.streaming_topk import Tuning
 from cache_hub.index.topk_kernels import LISTS, expand_kernel, hits_kernel, rank_kernel, score_kernel, threshold_kernel
@@ -89,9 +90,33 @@ def compile_scan(capability: int, dim: int, group: int, run: int, maxima: int) -
         "STAGES": 3,
     }
     sizes |= {"BLOCK_R": maxima, "WIDTH": 128, "LOG_K": 7}
+    absent = {"places": None, "tokens": None}
     for kernel, warps, heads in ((scan_kernel, 4, max(group, 8)), (select_kernel, 16, group), (unite_kernel, 4, group)):
-        constants = {name: value for name, value in (sizes | {"BLOCK_G": heads}).items() if name in kernel.arg_names}
+        constants = {
+            name: value for name, value in (sizes | absent | {"BLOCK_G": heads}).items() if name in kernel.arg_names
+        }
         compile_kernel(kernel, capability, types, constants, num_warps=warps)
+
+
+def compile_pruned(capability: int, dim: int, group: int, run: int, clusters: int) -> None:
+    """The kernels of pruned_scan, and that of device_scan that shares its slots."""
+    names = ("starts", "wanted", "bounds", "places", "ends", "counts", "lengths", "ids", "tokens", "assignment")
+    types = dict.fromkeys((*names, "positions", "steps"), "*i32")
+    types |= {"query": "*bf16", "centroids": "*bf16", "codes": "*i8", "scanned": "*i64"}
+    types |= dict.fromkeys(("scales", "ranks", "scores", "maxima"), "*fp32")
+    sizes = {"DIM": dim, "GROUP": group, "BLOCK_D": triton.next_power_of_2(dim), "EVERY": 1, "BLOCK": clusters}
+    sizes |= {"BLOCK_N": 128, "RUN": run, "STAGES": 3, "COMPUTE": tl.bfloat16}
+    for kernel, warps, heads, block in (
+        (rank_clusters_kernel, 4, max(group, 16), 64),
+        (bound_kernel, 16, group, 1),
+        (scan_chosen_kernel, 4, max(group, 8), 128),
+    ):
+        given = sizes | {"BLOCK_G": heads, "BLOCK_C": block}
+        constants = {name: value for name, value in given.items() if name in kernel.arg_names}
+        compile_kernel(kernel, capability, types, constants, num_warps=warps)
+    united = {"DIM": dim, "GROUP": group, "BLOCK_G": group, "BLOCK_D": triton.next_power_of_2(dim), "LOG_K": 7}
+    unite_types = types | {"counts": "*i64", "clusters": "*i32"}
+    compile_kernel(unite_kernel, capability, unite_types, united | {"ring": None}, num_warps=4)
 
 
 if __name__ == "__main__":
@@ -116,6 +141,8 @@ if __name__ == "__main__":
     for capability in (80, 90):
         compile_scan(capability, 128, 4, 32, 4096)
         compile_scan(capability, 80, 8, 64, 8192)
+        compile_pruned(capability, 128, 4, 32, 1 << 14)
+        compile_pruned(capability, 80, 8, 64, 1 << 10)
         for width, dim in ((16, 64), (32, 256)):
             compile_kernel(prune_fill_kernel, capability, prune_types, {"BLOCK_W": width, "BLOCK_D": dim})
         for beside in ("*fp32", None):

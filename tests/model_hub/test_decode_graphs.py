@@ -13,7 +13,12 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 def settings_of(
-    strategy: str, use_cuda_graph: bool, on_gpu: bool = False, gpu_only: bool = False, **graph: Any
+    strategy: str,
+    use_cuda_graph: bool,
+    on_gpu: bool = False,
+    gpu_only: bool = False,
+    scan_share: float = 1.0,
+    **graph: Any,
 ) -> RetroInferConfig:
     graph = {"top_k": 20, "ef_search": 60, "key_degree": 16, "key_links": 12, "insert_batch": 8, **graph}
     return RetroInferConfig(
@@ -21,7 +26,7 @@ def settings_of(
         use_cuda_graph=use_cuda_graph,
         gpu_only=gpu_only,
         attention_aware_graph=graph,
-        flat={"on_gpu": on_gpu},
+        flat={"on_gpu": on_gpu, "scan_share": scan_share},
     )
 
 
@@ -42,6 +47,8 @@ def settings_of(
         ("flat", {"on_gpu": True, "estimation": "centroid"}),
         ("flat", {"on_gpu": True, "estimation": "centroid", "estimation_budget": 0.5}),
         ("flat", {"on_gpu": True, "estimation": "centroid", "insert_batch": 0}),
+        ("flat", {"on_gpu": True, "estimation": "centroid", "scan_share": 0.2, "top_k": 5}),
+        ("flat", {"on_gpu": True, "estimation": "centroid", "scan_share": 0.2, "top_k": 5, "insert_batch": 0}),
         ("attention_aware_graph", {"gpu_only": True, "estimation": "centroid"}),
         ("attention_aware_graph", {"gpu_only": True, "estimation": "softmax_lift", "insert_batch": 0}),
         ("flat", {"gpu_only": True, "on_gpu": True, "estimation": "centroid"}),
