@@ -5,8 +5,9 @@
 
 Every kernel result is first compared with the float32 reference on fresh random inputs; a mismatch stops the run.
 Times are medians of triton.testing.do_bench with a cold L2: `call_ms` is the Python call, host work included where the
-GPU waits for it, `device_ms` the same call replayed from a CUDA graph. GB/s counts the K and V bytes of the attended
-rows once; beside it stands the copy bandwidth measured in the same run.
+GPU waits for it, `device_ms` a call's share of a CUDA graph of 8 calls, as layers follow each other in a decode step,
+each with rows or ids of its own, the merge of its splits included. GB/s counts the K and V bytes of the attended rows
+once; beside it stands the copy bandwidth measured in the same run.
 """
 
 import argparse
@@ -28,6 +29,7 @@ DENSE_TOKENS = (13_107, 32_768, 131_072)
 GATHERED_ROWS = (256, 400, 2_048, 4_096)
 GATHER_STORE_ROWS = 131_072
 COPY_BYTES = 1 << 30
+CALLS = 8
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -79,16 +81,16 @@ def measure() -> dict[str, Any]:
     query = torch.randn(1, 1, KV_HEADS * GROUP, HEAD_DIM, device="cuda", dtype=DTYPE)
     timings = []
     for tokens in DENSE_TOKENS:
-        part = WeightedPart(*(_random_store(tokens) for _ in range(2)))
-        timings.append({"case": "dense", "rows": tokens} | _time(query, part, gpu_copy))
+        dense = [WeightedPart(*(_random_store(tokens) for _ in range(2))) for _ in range(CALLS)]
+        timings.append({"case": "dense", "rows": tokens} | _time(query, dense, gpu_copy))
+        del dense
     keys, values = (_random_store(GATHER_STORE_ROWS) for _ in range(2))
     pinned = keys.cpu().pin_memory(), values.cpu().pin_memory()
     sources = (("gather from GPU memory", (keys, values), gpu_copy), ("gather from pinned memory", pinned, host_copy))
     for name, store, bandwidth in sources:
         for rows in GATHERED_ROWS:
-            ids = torch.stack([torch.randperm(GATHER_STORE_ROWS)[:rows] for _ in range(KV_HEADS)])
-            part = WeightedPart(*store, ids.to("cuda", torch.int32).unsqueeze(0))
-            timings.append({"case": name, "rows": rows} | _time(query, part, bandwidth))
+            gathered = [WeightedPart(*store, _random_ids(rows)) for _ in range(CALLS)]
+            timings.append({"case": name, "rows": rows} | _time(query, gathered, bandwidth))
     for row in timings:
         print(
             f"{row['case']:<32}{row['rows']:>8} rows  device {row['device_ms']:.4f} ms  call {row['call_ms']:.4f} ms  "
@@ -101,17 +103,21 @@ def _random_store(rows: int) -> Tensor:
     return torch.randn(1, KV_HEADS, rows, HEAD_DIM, device="cuda", dtype=DTYPE)
 
 
-def _time(query: Tensor, part: WeightedPart, copy_gb_per_s: float) -> dict[str, float]:
+def _random_ids(rows: int) -> Tensor:
+    ids = torch.stack([torch.randperm(GATHER_STORE_ROWS)[:rows] for _ in range(KV_HEADS)])
+    return ids.to("cuda", torch.int32).unsqueeze(0)
+
+
+def _time(query: Tensor, parts: list[WeightedPart], copy_gb_per_s: float) -> dict[str, float]:
     from attn_hub.kernels.weighted_decode import triton_weighted_decode_attention
 
-    def call() -> Tensor:
-        return triton_weighted_decode_attention(query, [part])
-
-    call_ms = _median_ms(call)
+    part = parts[0]
+    call_ms = _median_ms(lambda: triton_weighted_decode_attention(query, [part]))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    device_ms = _median_ms(graph.replay)
+        for one in parts:
+            triton_weighted_decode_attention(query, [one])
+    device_ms = _median_ms(graph.replay) / len(parts)
     moved = 2 * KV_HEADS * part.num_rows * HEAD_DIM * part.keys.element_size()
     rate = moved / device_ms / 1e6
     return {
@@ -164,6 +170,7 @@ def main() -> None:
         config = {
             "seed": seed, "smoke": arguments.smoke, "batch": 1, "kv_heads": KV_HEADS, "group": GROUP,
             "head_dim": HEAD_DIM, "dtype": str(DTYPE), "gather_store_rows": GATHER_STORE_ROWS,
+            "calls_of_a_graph": CALLS,
         }  # fmt: skip
         write_json(arguments.output, {"config": config, "environment": environment(), "results": results})
 

@@ -45,22 +45,28 @@ def four_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("estimation", ["none", "centroid"])
-@pytest.mark.parametrize("strategy", ["full", "attention_aware_graph"])
-def test_two_gpus_compute_what_one_does(strategy: str, estimation: str, four_layers: Path) -> None:
-    """Prefill, build, decode and growth of the index, with half of the layers on each; 2 prompts together."""
+@pytest.mark.parametrize(
+    ("strategy", "resume_ef", "tolerance"),
+    [("full", 0, 1e-3), ("attention_aware_graph", 0, 1e-3), ("attention_aware_graph", 100, 1e-2)],
+)
+def test_two_gpus_compute_what_one_does(
+    strategy: str, resume_ef: int, tolerance: float, estimation: str, four_layers: Path
+) -> None:
+    """Prefill, build, decode and growth of the index, with half of the layers on each; 2 prompts together. The query of
+    a GPU's first layer is not predicted, so that with resume_ef a search there finds other tokens now and then."""
     one, two = (load_model(str(four_layers), 4096, "fp32", device) for device in ("cuda:0", "auto"))
     assert len(set(two.layer_mapping.values())) == min(torch.cuda.device_count(), 4)
     # By the store alone, so that no rounding of a copy tells two equal keys apart.
-    graph = {"top_k": 100, "estimation": estimation, "insert_batch": 8, "index_dtype": "auto"}
+    graph = {"top_k": 100, "estimation": estimation, "insert_batch": 8, "index_dtype": "auto", "resume_ef": resume_ef}
     settings = RetroInferConfig(attention_aware_graph=graph)
     ids, _ = left_padded([1500, 1500], 256)
     logits_of_one, tokens = forced(one, strategy, settings, ids, None)
     logits_of_two, _ = forced(two, strategy, settings, ids, tokens)
     assert relative_error(logits_of_two[0], logits_of_one[0]) < 1e-5, "of the prompt"
-    assert relative_error(logits_of_two, logits_of_one) < 1e-3
+    assert relative_error(logits_of_two, logits_of_one) < tolerance
     config = {"RetroInfer": settings.model_dump()}
     answers = [llm.generate(strategy, ids, None, 24, config, prefill_bsz=2) for llm in (one, two)]
-    assert answers[0] == answers[1]
+    assert resume_ef or answers[0] == answers[1]
     assert two.cache is not None
     assert [str(device) for device in two.cache.devices] == list(two.layer_mapping.values())
 
