@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 # Which of two strategies it is, `settle` says.
 AUTO = "auto"
-# Tokens of a prompt that a GPU scans in less time than 16 CPU cores search the graph: one H100 did at 262,144, for
-# 13.9 against 16.5 ms a token, but not at 524,288, for 19.1 against 16.1.
-SCANNED_UP_TO = 3 << 17
+# Tokens of a prompt that a GPU scans in less time than 16 CPU cores search the graph: one H100 did at 131,072, for
+# 11.1 against 12.8 ms a token, but not at 524,288, for 18.2 against 14.7; lines through these cross at 260,000.
+SCANNED_UP_TO = 1 << 18
 STRATEGIES: dict[str, type[KV_Cache]] = {
     "full": FullCache,
     "flat": FlatCache,

@@ -274,7 +274,7 @@ class RetroInferConfig(Section):
     retrieval_strategy: RetrievalStrategy = Field(
         default="wave_index",
         description="which tokens a decoding query attends to. wave_index, RetroInfer's own method, is what its files "
-        "mean, which have no such key. auto: beside GPUs flat with flat.on_gpu, for prompts of up to 393,216 tokens "
+        "mean, which have no such key. auto: beside GPUs flat with flat.on_gpu, for prompts of up to 262,144 tokens "
         "whose keys in 8 bits fit their memory, as no search was faster there; else attention_aware_graph",
     )
     attention_aware_graph: GraphConfig = Field(

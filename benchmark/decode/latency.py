@@ -33,7 +33,7 @@ import torch
 
 from cache_hub import AUTO
 from cache_hub.retroinfer_cache import WaveIndexCache
-from config import ConfigError, RetroInferConfig, add_config_args, config_from_args
+from config import ConfigError, FlatConfig, RetroInferConfig, add_config_args, config_from_args
 from model_hub.loading import DTYPES
 
 from ..command import exit_status
@@ -49,7 +49,7 @@ from .extended import ExtendedTraces, Shape
 from .latency_row import costs, of_token, remarks, table
 from .steps import PROFILED, Prompts, compare, fill, play, profile
 
-# Behind the name of a flat variant: flat.on_gpu.
+# Behind the name of a flat variant: flat.on_gpu, and behind that, if anything, flat.scan_share.
 ON_GPU = "@gpu"
 STRATEGIES = "full,wave_index,attention_aware_graph+none,attention_aware_graph+centroid,flat+none"
 
@@ -69,7 +69,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--context_len", default="32768", help="comma list of prompts' tokens (default: 32768)")
     add("--batch", default="1", help="comma list of batch sizes (default: 1)")
     add("--prefill_bsz", type=int, default=1, help="prompts that share an index and its searches (default: 1)")
-    add("--strategies", default=STRATEGIES, help=f"comma list, flat+centroid@gpu scans there (default: {STRATEGIES})")
+    scans = "flat+centroid@gpu scans there, flat+centroid@gpu0.05 with that flat.scan_share"
+    add("--strategies", default=STRATEGIES, help=f"comma list; {scans} (default: {STRATEGIES})")
     add("--steps", type=int, default=32, help="decode steps timed (default: 32)")
     add("--warmup", type=int, default=4, help="decode steps before these (default: 4)")
     add("--recall_steps", type=int, default=4, help="steps compared with the exact scan, untimed; 0: none (default: 4)")
@@ -184,12 +185,21 @@ def plan(args: argparse.Namespace, length: int) -> list[list[Variant]]:
     names = args.strategies.split(",")
     if AUTO in {name.partition("+")[0] for name in names}:
         raise ConfigError(f"strategies: got {args.strategies!r}, allowed: what is compared, not {AUTO!r}")
-    there = [name.removesuffix(ON_GPU) for name in names if name.endswith(ON_GPU)]
-    builds = shared_builds([name for name in names if not name.endswith(ON_GPU)], settings)
-    scans = shared_builds(
-        there, settings.model_copy(update={"flat": settings.flat.model_copy(update={"on_gpu": True})})
-    )
-    return builds + [[replace(one, name=one.name + ON_GPU) for one in build] for build in scans]
+    builds = shared_builds([name for name in names if ON_GPU not in name], settings)
+    for suffix in dict.fromkeys(name[name.index(ON_GPU) :] for name in names if ON_GPU in name):
+        flat = settings.flat.model_copy(update={"on_gpu": True} | _scan_share(suffix.removeprefix(ON_GPU)))
+        there = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+        scans = shared_builds(there, settings.model_copy(update={"flat": flat}))
+        builds += [[replace(one, name=one.name + suffix) for one in build] for build in scans]
+    return builds
+
+
+def _scan_share(text: str) -> dict[str, float]:
+    """flat.scan_share, if any is given."""
+    try:
+        return {"scan_share": FlatConfig(scan_share=float(text)).scan_share} if text else {}
+    except ValueError:
+        raise ConfigError(f"strategies: got {ON_GPU}{text}, allowed: {ON_GPU}, {ON_GPU}0.05 and the like") from None
 
 
 def check(args: argparse.Namespace) -> tuple[Shape, list[int], list[int]]:

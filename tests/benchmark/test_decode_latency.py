@@ -219,6 +219,22 @@ def test_rows_tell_that_queries_were_predicted(tmp_path: Path) -> None:
     assert (row["extended"]["predicted"], row["extended"]["predicted_layers"]) == (True, [1, 2, 3])
 
 
+def test_names_of_scans_on_the_gpu() -> None:
+    words = [
+        "--traces",
+        "unread",
+        "--strategies",
+        "flat+none,flat+centroid@gpu,flat+none@gpu,full,flat+centroid@gpu0.05",
+    ]
+    variants = [one for build in latency.plan(latency.parse_args(words), 1000) for one in build]
+    found = {one.name: (one.settings.flat.on_gpu, one.settings.flat.scan_share) for one in variants}
+    assert found == {
+        "flat+none": (False, 1), "full": (False, 1), "flat+centroid@gpu": (True, 1), "flat+none@gpu": (True, 1),
+        "flat+centroid@gpu0.05": (True, 0.05),
+    }  # fmt: skip
+    assert all(one.settings.attention_aware_graph.estimation in one.name for one in variants if "+" in one.name)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_beside_a_gpu_rows_come_from_the_host(tmp_path: Path) -> None:
@@ -319,6 +335,8 @@ def test_what_does_not_fit_is_left_out_and_told(
         (["--shape", "3,8,2,24"], "head_dim: got 24, allowed for these traces: 16, 32, 48"),
         (["--shape", "3,8,2,64"], "head_dim: got 64, allowed for these traces: 16, 32, 48"),
         (["--strategies", "fulll"], "strategy: got 'fulll', allowed: full"),
+        (["--strategies", "flat+centroid@gpu5"], "strategies: got @gpu5, allowed: @gpu, @gpu0.05 and the like"),
+        (["--strategies", "flat@gpux"], "strategies: got @gpux, allowed: @gpu, @gpu0.05 and the like"),
         (["--trace_layers", "3"], "layers: got [3], allowed for"),
         (["--steps", "200", "--context_len", "40"], "steps: got 201, of which 197 positions of"),
         (["--steps", "1100"], "allowed: fewer than 1024 in all, behind which the wave index clusters anew"),
