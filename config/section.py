@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-_RANGE_ERRORS = ("greater_than_equal", "less_than_equal")
+_RANGE_ERRORS = ("greater_than", "greater_than_equal", "less_than_equal")
 
 
 class ConfigError(ValueError):
@@ -36,14 +36,17 @@ class Section(BaseModel):
 
 
 def allowed_values(field: FieldInfo) -> str:
-    """What a field accepts, as a message or a help text says it: ">= 2", "0 to 1", "'auto', 'faiss', 'torch'"."""
+    """What a field accepts, as a message or a help text says it: ">= 2", "above 0, up to 1", "'auto', 'faiss'"."""
     if get_origin(field.annotation) is Literal:
         return ", ".join(repr(value) for value in get_args(field.annotation))
     if field.annotation is bool:
         return "true or false"
     if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
         return f"a section with the keys {', '.join(field.annotation.model_fields)}"
-    bounds = {name: getattr(entry, name) for entry in field.metadata for name in ("ge", "le") if hasattr(entry, name)}
+    names = ("gt", "ge", "le")
+    bounds = {name: getattr(entry, name) for entry in field.metadata for name in names if hasattr(entry, name)}
+    if "gt" in bounds:
+        return f"above {bounds['gt']}" + (f", up to {bounds['le']}" if "le" in bounds else "")
     return f"{bounds['ge']} to {bounds['le']}" if "le" in bounds else f">= {bounds['ge']}"
 
 

@@ -220,13 +220,9 @@ def test_rows_tell_that_queries_were_predicted(tmp_path: Path) -> None:
 
 
 def test_names_of_scans_on_the_gpu() -> None:
-    words = [
-        "--traces",
-        "unread",
-        "--strategies",
-        "flat+none,flat+centroid@gpu,flat+none@gpu,full,flat+centroid@gpu0.05",
-    ]
-    variants = [one for build in latency.plan(latency.parse_args(words), 1000) for one in build]
+    names = "flat+none,flat+centroid@gpu,flat+none@gpu,full,flat+centroid@gpu0.05"
+    args = latency.parse_args(["--traces", "unread", "--output", "unread", "--strategies", names])
+    variants = [one for build in latency.plan(args, 1000) for one in build]
     found = {one.name: (one.settings.flat.on_gpu, one.settings.flat.scan_share) for one in variants}
     assert found == {
         "flat+none": (False, 1), "full": (False, 1), "flat+centroid@gpu": (True, 1), "flat+none@gpu": (True, 1),

@@ -167,6 +167,7 @@ def test_key_set_twice(argv: str, source: str) -> None:
         ("--cache_ratio nan", "RetroInfer.cache_ratio: got nan, allowed: a number 0 to 1"),
         ("--top_k 9000", "RetroInfer.attention_aware_graph.top_k: got 9000, allowed: 1 to 8192 (the context length)"),
         ("--set cores=3", "RetroInfer.cores: unknown key, got 3 (did you mean core?), known keys: static_pattern_st"),
+        ("--set flat.scan_share=0", "RetroInfer.flat.scan_share: got 0, allowed: above 0, up to 1"),
         ("--set core=many", "RetroInfer.core: got 'many', allowed: an integer >= 1"),
         ("--attn_type full --retrieval_strategy flat", "retrieval_strategy: got 'flat', but attn_type 'full' runs"),
     ],
