@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .cache import KV_Cache
+from .eviction.baselines import H2O, PyramidKV, SnapKV, StreamingLLM
+from .eviction.cache import EvictionCache, evicting
+from .eviction.circuitkv import CircuitKV
 from .faiss_cache import HNSWCache, IVFCache
 from .flat_cache import FlatCache
 from .full_cache import FullCache
@@ -29,6 +32,11 @@ STRATEGIES: dict[str, type[KV_Cache]] = {
     "wave_index": WaveIndexCache,
     "ivf": IVFCache,
     "hnsw": HNSWCache,
+    "streaming_llm": evicting(StreamingLLM),
+    "h2o": evicting(H2O),
+    "snapkv": evicting(SnapKV),
+    "pyramidkv": evicting(PyramidKV),
+    "circuitkv": evicting(CircuitKV),
 }
 
 
@@ -93,6 +101,7 @@ __all__ = [
     "STRATEGIES",
     "AttentionAwareGraphCache",
     "CacheStats",
+    "EvictionCache",
     "FlatCache",
     "FullCache",
     "HNSWCache",

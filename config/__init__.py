@@ -2,6 +2,7 @@
 
 from config.cli import add_config_args, config_from_args
 from config.config import cluster_counts, generate_config, load_config
+from config.eviction import EVICTING, CircuitKVConfig, EvictionConfig
 from config.schema import (
     ATTENTION_TYPES,
     ESTIMATIONS,
@@ -19,8 +20,11 @@ from config.section import ConfigError
 __all__ = [
     "ATTENTION_TYPES",
     "ESTIMATIONS",
+    "EVICTING",
     "RETRIEVAL_STRATEGIES",
+    "CircuitKVConfig",
     "ConfigError",
+    "EvictionConfig",
     "FlatConfig",
     "GraphConfig",
     "HNSWConfig",

@@ -7,9 +7,13 @@ from typing import Literal, get_args
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from config.eviction import CIRCUIT_SCORES, EVICTING, CircuitKVConfig, EvictionConfig
 from config.section import ConfigError, Section
 
-RetrievalStrategy = Literal["full", "flat", "attention_aware_graph", "wave_index", "ivf", "hnsw", "auto"]
+RetrievalStrategy = Literal[
+    "full", "flat", "attention_aware_graph", "wave_index", "ivf", "hnsw", "streaming_llm", "h2o", "snapkv", "pyramidkv",
+    "circuitkv", "auto",
+]  # fmt: skip
 RETRIEVAL_STRATEGIES: tuple[str, ...] = get_args(RetrievalStrategy)
 # Those that retrieve tokens by an index, and can estimate the rest.
 ESTIMATING = ("flat", "attention_aware_graph", "ivf", "hnsw")
@@ -283,6 +287,10 @@ class RetroInferConfig(Section):
     flat: FlatConfig = Field(default=FlatConfig(), description="knobs of the strategy of the same name")
     ivf: IVFConfig = Field(default=IVFConfig(), description="knobs of the strategy of the same name")
     hnsw: HNSWConfig = Field(default=HNSWConfig(), description="knobs of the strategy of the same name")
+    eviction: EvictionConfig = Field(
+        default=EvictionConfig(), description="knobs of the strategies that evict: " + ", ".join(EVICTING)
+    )
+    circuitkv: CircuitKVConfig = Field(default=CircuitKVConfig(), description="more knobs of the strategy of that name")
 
     def top_k_of(self, strategy: str) -> tuple[str, int]:
         """(key, value) of the top_k that holds for a strategy: its own section's where stated, else the graph's."""
@@ -297,16 +305,30 @@ class ModelConfig(Section):
 
 
 def with_estimation(name: str, settings: RetroInferConfig) -> tuple[str, RetroInferConfig]:
-    """The strategy and settings of a variant: `<strategy>+<estimation>`, or a strategy's name, as configured.
+    """The strategy and settings of a variant: `<strategy>+<estimation>`, `circuitkv+<score>`, `<strategy>@<budget>`
+    for what evicts, both of these, or a strategy's name, as configured.
 
     Raises:
-        ConfigError: for an unknown strategy or estimation, or one beside a strategy that estimates nothing or always.
+        ConfigError: for an unknown strategy, estimation, score or budget, or one beside a strategy that has none.
     """
-    strategy, plus, estimation = name.partition("+")
+    variant, at, budget = name.partition("@")
+    strategy, plus, estimation = variant.partition("+")
     if strategy not in RETRIEVAL_STRATEGIES:
         raise ConfigError(f"strategy: got {strategy!r}, allowed: {', '.join(RETRIEVAL_STRATEGIES)}")
+    if at:
+        if strategy not in EVICTING or not budget.isdigit() or int(budget) < 1:
+            raise ConfigError(
+                f"strategy: got {name!r}, allowed: a budget of tokens behind {', '.join(EVICTING)}, as in snapkv@512"
+            )
+        kept = settings.eviction.model_copy(update={"budget": int(budget), "budget_share": 0.0})
+        settings = settings.model_copy(update={"eviction": kept})
     if not plus:
         return strategy, settings
+    if strategy == "circuitkv":
+        if estimation not in CIRCUIT_SCORES:
+            raise ConfigError(f"circuitkv.score: got {estimation!r} in {name!r}, allowed: {', '.join(CIRCUIT_SCORES)}")
+        walks = settings.circuitkv.model_copy(update={"score": estimation})
+        return strategy, settings.model_copy(update={"circuitkv": walks})
     if strategy not in MAY_ESTIMATE:
         raise ConfigError(
             f"strategy: got {name!r}, allowed: {strategy!r}; an estimation goes with {', '.join(MAY_ESTIMATE)}"

@@ -1,0 +1,32 @@
+"""Rows of the causal attention over a prompt, and what several rows give each of its tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def causal_rows(query: Tensor, key: Tensor, start: int, stop: int) -> Tensor:
+    """The softmax attention of tokens start to stop - 1, [B, Hkv, g, stop - start, stop] float32, scale 1 / sqrt(D).
+
+    query [B, n, H, D], key [B, n, Hkv, D], rotated, of one type; the query heads of a group share the keys, which are
+    not repeated.
+    """
+    batch, _, kv_heads, dim = key.shape
+    asked = query[:, start:stop].unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, Hkv, g, rows, D]
+    group, rows = asked.shape[2:4]
+    seen = key[:, :stop].permute(0, 2, 3, 1)  # [B, Hkv, D, stop]
+    logits = (asked.reshape(batch, kv_heads, group * rows, dim) @ seen).float().mul_(dim**-0.5)
+    logits = logits.view(batch, kv_heads, group, rows, stop)
+    future = torch.ones(rows, stop, dtype=torch.bool, device=key.device).triu_(start + 1)
+    return logits.masked_fill_(future, float("-inf")).softmax(-1)
+
+
+def received_mass(query: Tensor, key: Tensor, block: int) -> Tensor:
+    """The sum of all rows of the causal attention, [B, Hkv, g, n] float32; `block` rows are held at a time."""
+    batch, tokens, kv_heads, _ = key.shape
+    mass = torch.zeros(batch, kv_heads, query.shape[2] // kv_heads, tokens, device=key.device)
+    for start in range(0, tokens, block):
+        stop = min(start + block, tokens)
+        mass[..., :stop] += causal_rows(query, key, start, stop).sum(3)
+    return mass

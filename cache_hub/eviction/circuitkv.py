@@ -1,0 +1,98 @@
+"""CircuitKV: a token counts by how often walks backwards along the attention visit it. The names its users know.
+
+Attention weights are conductances, sinks absorb; causal attention makes I - Q triangular, so that expected visits are
+one back-substitution (see `chain`, `blocked`, `surrogate`), of which walkers are the Monte-Carlo estimate (`walks`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from config import ConfigError
+from config.eviction import CircuitRows, CircuitScore
+
+from .attention import causal_rows
+from .blocked import blocked_chain_scores
+from .chain import (
+    absorbing_chain_scores,
+    compute_transition_matrix,
+    effective_resistance_scores,
+    landmark_absorbing_scores,
+    personalized_pagerank_scores,
+)
+from .importance import compute_importance_scores, rank_max_combination, select_top_k_tokens
+from .null_model import null_model_visits
+from .scorer import Reduction, Scorer, over_group
+from .surrogate import surrogate_chain_scores, window_attention
+from .walks import batched_walk_simulation, causal_influence_walk, landmark_walks, simulate_walks
+
+if TYPE_CHECKING:
+    from config import RetroInferConfig
+
+_STARTS = {"query": "query", "hub": "uniform", "window": "window"}
+
+
+@dataclass(frozen=True)
+class CircuitKV(Scorer):
+    """Expected visits of the absorbing chain over a prompt's attention, exactly or by the profile of its last rows."""
+
+    kind: CircuitScore
+    rows: CircuitRows
+    observed: int
+    temperature: float
+    gamma: float
+    group: Reduction
+
+    @classmethod
+    def of(cls, settings: RetroInferConfig) -> CircuitKV:
+        own, sinks = settings.circuitkv, settings.static_pattern_start
+        if sinks < 1:
+            raise ConfigError(f"static_pattern_start: got {sinks}, allowed with circuitkv: >= 1, since sinks absorb")
+        if own.rows == "window" and own.temperature != 1:
+            raise ConfigError(f"circuitkv.temperature: got {own.temperature}, allowed with rows=window: 1")
+        walks = (own.score, own.rows, own.window, own.temperature, own.gamma)
+        return cls(sinks, settings.eviction.window, *walks, settings.eviction.group)
+
+    def score(self, query: Tensor, key: Tensor) -> Tensor:
+        tokens, kv_heads = key.shape[1:3]
+        observed = min(self.observed, tokens - self.sinks)
+        if self.kind == "direct":
+            return over_group(causal_rows(query, key, tokens - observed, tokens).sum(3), self.group)
+        if self.kind == "rank_max":
+            visits = rank_max_combination(
+                *(self._visits(query, key, start, observed) for start in ("query", "uniform")), self.sinks
+            )
+        else:
+            start = _STARTS[self.kind.removeprefix("null_")]
+            visits = self._visits(query, key, start, observed)
+            if self.kind.startswith("null_"):
+                visits = visits / null_model_visits(
+                    tokens, start, self.sinks, self.gamma, observed, visits.dtype, visits.device
+                )
+        return over_group(visits.unflatten(1, (kv_heads, -1)), self.group)
+
+    def _visits(self, query: Tensor, key: Tensor, start: str, observed: int) -> Tensor:
+        """[B, H, n] from the attention of query [B, n, H, D] and key [B, n, Hkv, D]."""
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        if self.rows == "window":
+            return surrogate_chain_scores(window_attention(query, key, observed), start, self.sinks, self.gamma)
+        return blocked_chain_scores(query, key, None, start, self.sinks, self.gamma, observed, self.temperature)
+
+
+__all__ = [
+    "CircuitKV",
+    "absorbing_chain_scores",
+    "batched_walk_simulation",
+    "causal_influence_walk",
+    "compute_importance_scores",
+    "compute_transition_matrix",
+    "effective_resistance_scores",
+    "landmark_absorbing_scores",
+    "landmark_walks",
+    "personalized_pagerank_scores",
+    "select_top_k_tokens",
+    "simulate_walks",
+]
