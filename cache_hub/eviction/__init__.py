@@ -1,0 +1,1 @@
+"""Eviction: which tokens of a prompt are kept under a budget, and the scores that say so."""
