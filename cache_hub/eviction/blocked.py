@@ -1,0 +1,168 @@
+"""Exact chain scores from queries, keys and the log-sum-exp of the prefill: no n x n matrix, memory linear in n.
+
+Source: reference section 8.5. Rows of attention are recomputed block by block from the last to the first, n^2 D
+multiply-adds a query head, the score half of one more attention pass.
+
+Products of float16 and bfloat16 inputs are summed in float32 (exact products; on CUDA in tensor cores where torch has
+`bmm` with `out_dtype`, 2.8 and later); everything after them is float32, or float64 for float64 inputs. Float32 inputs
+follow torch's own setting of TF32.
+"""
+
+import torch
+from torch import Tensor
+
+from cache_hub.eviction.chain_inputs import (
+    check_gamma,
+    check_sink_size,
+    check_temperature,
+    raise_absorbing,
+    start_distribution,
+)
+
+# Weights of attention held at a time over all heads: 64 MiB of float32.
+_TILE = 1 << 24
+_MIXED_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
+
+
+@torch.no_grad()
+def causal_log_sum_exp(
+    query: Tensor, key: Tensor, block: int = 256, temperature: float = 1.0, scale: float | None = None
+) -> Tensor:
+    """Log-sum-exp of every row of causal logits, [B, H, n], float32 (float64 for float64).
+
+    query [B, H, n, D], key [B, Hkv, n, D], H a multiple of Hkv; logits are scale / temperature times the products,
+    scale D^-0.5 unless given. Raises ValueError for other shapes, a block below 1 and a temperature not above 0.
+    """
+    rows = _BlockRows(query, key, block, temperature, scale)
+    sums = torch.empty(query.shape[:3], dtype=rows.dtype, device=query.device)
+    for low in range(0, rows.n, block):
+        high = min(low + block, rows.n)
+        total = rows.diagonal_logits(low, high).logsumexp(-1)
+        for first, last in rows.tiles(low, high):
+            total = torch.logaddexp(total, rows.logits(low, high, first, last).logsumexp(-1))
+        sums[..., low:high] = total
+    return sums
+
+
+@torch.no_grad()
+def blocked_chain_scores(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor | None = None,
+    start: str | Tensor = "query",
+    sink_size: int = 4,
+    gamma: float = 1.0,
+    window: int = 64,
+    temperature: float = 1.0,
+    block: int = 256,
+    scale: float | None = None,
+) -> Tensor:
+    """`absorbing_chain_scores` of the causal attention of query and key, [B, H, n], float32 (float64 for float64).
+
+    query [B, H, n, D], key [B, Hkv, n, D], H a multiple of Hkv: the query heads of a group share its keys. lse: natural
+    log-sum-exp of the rows, [B, H, n], as flash attention returns it; without it, or at a temperature other than 1,
+    which has a normaliser of its own, it is computed by one more pass. scale is D^-0.5 unless given. `block` rows are
+    solved together; it need not divide n.
+
+    Raises ValueError as `absorbing_chain_scores`, and for shapes that do not fit, a block below 1, and inputs with NaN
+    or infinity. A chain counts as singular where 1 - gamma Q_jj is below what rounding of the lse leaves of it.
+    Nothing waits for the device before the end, but for the check of a start that is a tensor.
+    """
+    check_gamma(gamma)
+    rows = _BlockRows(query, key, block, temperature, scale)
+    n = rows.n
+    check_sink_size(sink_size, n)
+    if lse is None or temperature != 1:
+        lse = causal_log_sum_exp(query, key, block, temperature, scale)
+    elif lse.shape != query.shape[:3]:
+        raise ValueError(f"lse: got shape {list(lse.shape)}, allowed: {list(query.shape[:3])}")
+    shift = lse.to(rows.dtype).neg().unsqueeze(3)
+    scores = start_distribution(start, n, sink_size, window, rows.dtype, query.device).expand(query.shape[:3]).clone()
+    leaving = torch.ones_like(scores)
+    for high in range(n, sink_size, -block):
+        low = max(sink_size, high - block)
+        system = rows.diagonal_logits(low, high, shift).exp_().mul_(-gamma)
+        system.diagonal(dim1=-2, dim2=-1).add_(1)
+        leaving[..., low:high] = system.diagonal(dim1=-2, dim2=-1)
+        entering = scores[..., None, low:high]
+        solved = torch.linalg.solve_triangular(system, entering, upper=False, left=False)
+        scores[..., low:high] = solved.squeeze(2)
+        onward = (gamma * solved).flatten(0, 1)
+        for first, last in rows.tiles(low, high):
+            weights = rows.logits(low, high, first, last, shift).exp_()
+            scores[..., first:last] += (onward @ weights.flatten(0, 1)).view(*query.shape[:2], last - first)
+    _check_solved(scores, leaving, shift)
+    return scores
+
+
+def self_transitions(
+    query: Tensor, key: Tensor, lse: Tensor, temperature: float = 1.0, scale: float | None = None
+) -> Tensor:
+    """Weight [B, H, n] of every token for itself, for `visit_probabilities`; arguments as `blocked_chain_scores`, lse
+    being that of the logits over the temperature. Float32 (float64 for float64)."""
+    rows = _BlockRows(query, key, 1, temperature, scale)
+    grouped = query.unflatten(1, (key.shape[1], -1)).to(rows.dtype)
+    products = torch.einsum("bkgnd,bknd->bkgn", grouped, key.to(rows.dtype)).flatten(1, 2)
+    return products.mul_(rows.scale).sub_(lse).exp_()
+
+
+class _BlockRows:
+    """Logits of blocks of query rows against tiles of keys, query heads of a group stacked over their shared keys."""
+
+    def __init__(self, query: Tensor, key: Tensor, block: int, temperature: float, scale: float | None) -> None:
+        check_temperature(temperature)
+        _check_shapes(query, key, block)
+        self.n = query.shape[2]
+        self.dtype = torch.promote_types(query.dtype, torch.float32)
+        self.scale = (query.shape[3] ** -0.5 if scale is None else scale) / temperature
+        self._grouped, self._key = query.unflatten(1, (key.shape[1], -1)), key
+        self._heads = query.shape[:2]
+        self._mixed = query.is_cuda and query.element_size() == 2 and _MIXED_PRODUCTS
+
+    def tiles(self, low: int, high: int) -> list[tuple[int, int]]:
+        """Ranges of keys before row `low`, each so long that its weights for rows low to high fill a tile."""
+        batch, heads = self._heads
+        step = max(1, _TILE // (batch * heads * (high - low)))
+        return [(first, min(first + step, low)) for first in range(0, low, step)]
+
+    def logits(self, low: int, high: int, first: int, last: int, shift: Tensor | None = None) -> Tensor:
+        """[B, H, high - low, last - first] of rows low to high and keys first to last, scaled, not masked, with
+        shift [B, H, n, 1] added to each row."""
+        queries = self._grouped[:, :, :, low:high].flatten(2, 3).flatten(0, 1)
+        keys = self._key[:, :, first:last].flatten(0, 1).mT
+        if self._mixed:
+            products = torch.bmm(queries, keys, out_dtype=torch.float32)
+        else:
+            products = queries.to(self.dtype) @ keys.to(self.dtype)
+        products = products.view(*self._heads, high - low, last - first)
+        if shift is None:
+            return products.mul_(self.scale)
+        return torch.add(shift[:, :, low:high], products, alpha=self.scale, out=products)
+
+    def diagonal_logits(self, low: int, high: int, shift: Tensor | None = None) -> Tensor:
+        """[B, H, high - low, high - low] of the block on the diagonal, -inf above it."""
+        future = torch.ones(high - low, high - low, dtype=torch.bool, device=self._key.device).triu_(1)
+        return self.logits(low, high, low, high, shift).masked_fill_(future, -torch.inf)
+
+
+def _check_shapes(query: Tensor, key: Tensor, block: int) -> None:
+    batch, heads, n, head_dim = query.shape
+    if key.ndim != 4 or (key.shape[0], *key.shape[2:]) != (batch, n, head_dim) or heads % key.shape[1]:
+        raise ValueError(
+            f"key: got shape {list(key.shape)}, allowed: [{batch}, a divisor of {heads}, {n}, {head_dim}] "
+            f"for query {list(query.shape)}"
+        )
+    if key.dtype != query.dtype or not query.is_floating_point():
+        raise ValueError(f"dtypes: got query {query.dtype}, key {key.dtype}, allowed: one floating point type for both")
+    if block < 1:
+        raise ValueError(f"block: got {block}, allowed: >= 1")
+
+
+def _check_solved(scores: Tensor, leaving: Tensor, shift: Tensor) -> None:
+    """Raises ValueError for a singular chain and for scores that are not finite; the one wait for the device."""
+    # A logit and its log-sum-exp, summed in different orders, differ by some roundings of their size.
+    singular = leaving <= 8 * torch.finfo(shift.dtype).eps * (1 + shift.squeeze(3).abs())
+    if bool(singular.any() | ~scores.isfinite().all()):
+        if bool(singular.any()):
+            raise_absorbing(singular)
+        raise ValueError("query, key or lse: got NaN or infinity, allowed: finite values")
