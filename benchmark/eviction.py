@@ -1,4 +1,4 @@
-"""What is left of the attention when a prompt is cut to a budget: python -m benchmark.eviction --traces FOLDER.. --output F
+"""What eviction leaves of the attention: python -m benchmark.eviction --traces FOLDER.. --output FILE.json
 
 For every kv head of real traces, the tokens that each method keeps of the prompt, and of the queries of the tokens
 generated behind it: the share of their softmax mass that the kept tokens have, and the relative L2 error of the output
@@ -67,10 +67,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> str:
     """Does what the flags say and returns the tables; ValueError or OSError for bad input, before any work."""
-    budgets = _numbers(args.budgets)
-    settings = _settings(args.set)
+    budgets = budgets_of(args.budgets)
+    settings = settings_of(args.set)
     names = list(dict.fromkeys(args.strategies.split(",")))
-    scorers = {name: _scorer(name, settings, min(budgets)) for name in names}
+    scorers = {name: scorer_of(name, settings, min(budgets)) for name in names}
     layers = None if args.layers is None else parse_layers(args.layers)
     folders = [open_folder(path, layers) for path in args.traces]
     for folder in folders:
@@ -140,16 +140,15 @@ def to_markdown(rows: list[dict[str, Any]], budgets: list[int], against: str) ->
 def _scores(trace: LayerTrace, scorer: Scorer | None, name: str, device: torch.device) -> Tensor:
     """[Hkv, n], or [Hkv, g, t, n] for each query's own."""
     if scorer is None:
-        weights = _weights(trace)
+        weights = test_weights(trace)
         return weights if name == PER_QUERY else weights.mean((1, 2))
-    queries = trace.queries.float().flatten(0, 1).transpose(0, 1)[None]
-    keys = trace.keys.float().transpose(0, 1)[None]
+    queries, keys = prompt_states(trace)
     return scorer.score(queries.to(device), keys.to(device))[0].cpu()
 
 
 def _kept(trace: LayerTrace, name: str, scores: Tensor, scorer: Scorer | None, budget: int) -> tuple[Tensor, Tensor]:
     """Mass and error [Hkv] of the test queries, means over queries and the group."""
-    weights = _weights(trace)
+    weights = test_weights(trace)
     ends = (0, 0) if scorer is None else (scorer.sinks, scorer.window)
     if name == PER_QUERY:
         kept = torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, scores.topk(budget).indices, True)
@@ -161,13 +160,19 @@ def _kept(trace: LayerTrace, name: str, scores: Tensor, scorer: Scorer | None, b
     return left.sum(-1).mean((1, 2)), relative_errors(outputs, exact_attention(trace)).mean((1, 2))
 
 
-def _weights(trace: LayerTrace) -> Tensor:
+def test_weights(trace: LayerTrace) -> Tensor:
     """Attention [Hkv, g, t, n] float64 of the test queries to the prompt."""
     logits = trace.tests.double() @ trace.keys.double().transpose(1, 2)[:, None]
     return (logits / trace.keys.shape[2] ** 0.5).softmax(-1)
 
 
-def _scorer(name: str, settings: RetroInferConfig, least: int) -> Scorer:
+def prompt_states(trace: LayerTrace) -> tuple[Tensor, Tensor]:
+    """Queries [1, n, H, D] and keys [1, n, Hkv, D] of a prompt, float32, as a Scorer takes them."""
+    return trace.queries.float().flatten(0, 1).transpose(0, 1)[None], trace.keys.float().transpose(0, 1)[None]
+
+
+def scorer_of(name: str, settings: RetroInferConfig, least: int) -> Scorer:
+    """Of a method that ranks one layer's tokens; ConfigError for others, ValueError for a budget `least` too small."""
     strategy, chosen = with_estimation(name, settings)
     cache = STRATEGIES.get(strategy)
     if cache is None or not issubclass(cache, EvictionCache) or strategy == "pyramidkv" or "@" in name:
@@ -182,8 +187,9 @@ def _scorer(name: str, settings: RetroInferConfig, least: int) -> Scorer:
     return scorer
 
 
-def _settings(given: list[str]) -> RetroInferConfig:
-    sections: dict[str, dict[str, Any]] = {"eviction": {}, "circuitkv": {}}
+def settings_of(given: list[str]) -> RetroInferConfig:
+    """Those of --set; ValueError or ConfigError for others than of eviction and circuitkv."""
+    sections: dict[str, Any] = {"eviction": {}, "circuitkv": {}}
     for text in given:
         key, _, value = text.partition("=")
         section, _, name = key.partition(".")
@@ -193,7 +199,8 @@ def _settings(given: list[str]) -> RetroInferConfig:
     return RetroInferConfig(**sections)
 
 
-def _numbers(text: str) -> list[int]:
+def budgets_of(text: str) -> list[int]:
+    """A comma list of numbers above 0, ascending; ValueError for anything else."""
     numbers = [int(word) for word in text.split(",") if word.strip().isdigit()]
     if len(numbers) != text.count(",") + 1 or min(numbers) < 1:
         raise ValueError(f"budgets: got {text!r}, allowed: a comma list of numbers >= 1")

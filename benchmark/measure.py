@@ -10,7 +10,10 @@ from model_hub import LLM, GenerationTiming
 from .results import peak_memory_bytes
 
 # Beside a GPU the CPU's are those of another thread: together they may take longer than the build was waited for.
-_BUILD_STAGES = ("query_key_knn", "key_key_knn", "projection", "links_copy", "repair", "pack", "index", "cluster")
+_BUILD_STAGES = (
+    *("query_key_knn", "key_key_knn", "projection", "links_copy", "repair", "pack", "index", "cluster"),
+    *("score", "select"),
+)
 _DECODE_STAGES = ("wait", "search", "attention", "admit", "insert", "update")
 
 

@@ -53,7 +53,7 @@ def test_the_needle_is_found(results: dict[str, dict[str, Any]], strategy: str) 
     if strategy == "full":
         assert (result["attended_share"], result["scored_share"], result["index_bytes"]) == (1, 0, 0)
     else:
-        assert result["attended_share"] < 0.3
+        assert result["attended_share"] < (0.7 if strategy in EVICTING else 0.3), "1,024 of 1,500 tokens are kept"
 
 
 def test_the_graph_finds_what_an_exact_scan_finds(results: dict[str, dict[str, Any]]) -> None:

@@ -72,7 +72,7 @@ def heatmap(title: str, rows: Sequence[str], panels: Sequence[Panel], sum_rows: 
     widths = [max(cell * len(names), 2.1) for names in broken]
     stacked = labels + sum(widths) > _WIDEST
     pitch = head + 0.4 + height
-    figure = _figure(
+    figure = new_figure(
         (
             labels + (max(widths) if stacked else sum(widths) + 0.35 * (len(panels) - 1)) + 0.35,
             0.5 + pitch * (len(panels) if stacked else 1),
@@ -90,7 +90,7 @@ def heatmap(title: str, rows: Sequence[str], panels: Sequence[Panel], sum_rows: 
         axes.set_yticks(range(len(rows)), rows if stacked or i == 0 else [], size=9)
         axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0, pad=3)
         axes.axhline(len(rows) - sum_rows - 0.5, color="#1b1f24", linewidth=1.6)
-    return _png(figure)
+    return to_png(figure)
 
 
 def against_cost(
@@ -124,7 +124,7 @@ def against_cost(
         sum(name.count("\n") for name in wrapped[i : i + per_column]) for i in range(0, len(series), per_column)
     )
     legend_height = 0.22 * per_column + 0.15 * lines + 0.1
-    figure = _figure((max(6.1 * len(x_titles), 8), 4.7 + legend_height + 0.05 * max(len(points) - 12, 0)))
+    figure = new_figure((max(6.1 * len(x_titles), 8), 4.7 + legend_height + 0.05 * max(len(points) - 12, 0)))
     panels = figure.subplots(1, len(x_titles), squeeze=False)[0]
     figure.subplots_adjust(
         left=0.85 / figure.get_figwidth(),
@@ -174,7 +174,7 @@ def against_cost(
         labelled = [(x, point.y, point.label, styles[point.series]["color"]) for x, point in named]
         drawn = [line.get_xydata() for line in axes.lines if line.get_linewidth()]
         _label(axes, labelled, [(x, point.y) for x, point in placed], drawn)
-    return _png(figure)
+    return to_png(figure)
 
 
 def _share_axis(axes: Axes, whole: float) -> None:
@@ -282,14 +282,15 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     return width * height if width > 0 and height > 0 else 0.0
 
 
-def _figure(size: tuple[float, float]) -> Figure:
+def new_figure(size: tuple[float, float]) -> Figure:
+    """size in inches."""
     figure = Figure(figsize=size, dpi=_PIXELS_PER_INCH, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _png(figure: Figure) -> bytes:
-    """With a palette of 256 colours, a third of the bytes."""
+def to_png(figure: Figure) -> bytes:
+    """The drawing with a palette of 256 colours, a third of the bytes."""
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png")
     with PIL.Image.open(drawn) as image:

@@ -24,10 +24,11 @@ from .chain import (
     personalized_pagerank_scores,
 )
 from .importance import compute_importance_scores, rank_max_combination, select_top_k_tokens
+from .landmarks import landmark_walks
 from .null_model import null_model_visits
 from .scorer import Reduction, Scorer, over_group
 from .surrogate import surrogate_chain_scores, window_attention
-from .walks import batched_walk_simulation, causal_influence_walk, landmark_walks, simulate_walks
+from .walks import batched_walk_simulation, causal_influence_walk, simulate_walks
 
 if TYPE_CHECKING:
     from config import RetroInferConfig
@@ -62,9 +63,8 @@ class CircuitKV(Scorer):
         if self.kind == "direct":
             return over_group(causal_rows(query, key, tokens - observed, tokens).sum(3), self.group)
         if self.kind == "rank_max":
-            visits = rank_max_combination(
-                *(self._visits(query, key, start, observed) for start in ("query", "uniform")), self.sinks
-            )
+            by_query, by_hub = (self._visits(query, key, start, observed) for start in ("query", "uniform"))
+            visits = rank_max_combination(by_query, by_hub, self.sinks)
         else:
             start = _STARTS[self.kind.removeprefix("null_")]
             visits = self._visits(query, key, start, observed)

@@ -1,0 +1,1 @@
+"""Drawings of single prompts, for looking at where a method fails."""
