@@ -1,0 +1,1 @@
+"""Eviction: what of a prompt is kept under a budget."""
