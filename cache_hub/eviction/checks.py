@@ -14,11 +14,12 @@ def check_causal(attention: Tensor, name: str = "attention") -> None:
         raise ValueError(f"{name}: got {attention.dtype}, allowed: a floating dtype")
     sums = attention.sum(3, dtype=torch.promote_types(attention.dtype, torch.float32))
     tolerance = 1e-2 if attention.element_size() == 2 else 1e-4
-    for wrong, allowed in (
-        (~attention.isfinite(), "finite"),
-        (attention < 0, "not negative"),
-        (attention.triu(1) != 0, "0 for columns after the row (causal)"),
+    for find, allowed in (
+        (lambda: ~attention.isfinite(), "finite"),
+        (lambda: attention < 0, "not negative"),
+        (lambda: attention.triu(1) != 0, "0 for columns after the row (causal)"),
     ):
+        wrong = find()
         if bool(wrong.any()):
             where = tuple(wrong.nonzero()[0].tolist())
             raise ValueError(f"{name}: got {float(attention[where])} at {list(where)}, allowed: {allowed}")

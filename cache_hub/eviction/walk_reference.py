@@ -28,8 +28,9 @@ def torch_walks(
     for step in range(num_steps + 1):
         word = philox(seed, walker, torch.full_like(walker, step), row, torch.full_like(walker, stream))[0]
         token = _draw(ends, table, last, word, n)
-        counts += torch.bincount(row * n + token, minlength=rows * n)
-        walking = ~absorbing[row * n + token]
+        visited = row * n + token
+        counts.index_add_(0, visited, torch.ones_like(visited))
+        walking = ~absorbing[visited]
         row, walker, last = row[walking], walker[walking], token[walking]
         if not len(row):
             break

@@ -69,6 +69,9 @@ def batched_walk_simulation(
     check_walks(num_walkers, num_steps, seed)
     starts: Sequence[str | Tensor] = [start] * len(transitions) if isinstance(start, str) else start
     extra = [None] * len(transitions) if absorbing is None else absorbing
+    for name, given in (("start", starts), ("absorbing", extra)):
+        if len(given) != len(transitions):
+            raise ValueError(f"{name}: got {len(given)} tensors, allowed: {len(transitions)}, one per matrix")
     visits = []
     for stream, (matrix, begin, ends) in enumerate(zip(transitions, starts, extra, strict=True)):
         tables = transition_tables(matrix, sink_size, begin, ends)

@@ -76,7 +76,7 @@ def test_scores_are_visits_over_what_is_expected(absorbing_landmarks: bool, norm
     landmarks = choose_landmarks(attn.sum(2), 4, 10)
     landmarks[1, 1] = torch.tensor([SINKS, 6, 7, n - 1])
     scores = landmark_walks(
-        attn, landmarks, 60_000, sink_size=SINKS, absorbing_landmarks=absorbing_landmarks, normalization=normalization
+        attn, landmarks, 20_000, sink_size=SINKS, absorbing_landmarks=absorbing_landmarks, normalization=normalization
     )
     assert scores.dtype == torch.float32
     assert bool((scores[..., :SINKS] == 1).all())
@@ -89,7 +89,7 @@ def test_scores_are_visits_over_what_is_expected(absorbing_landmarks: bool, norm
         else:
             expected = visits / torch.tensor([2 + sum(int(m) >= token for m in tokens) for token in range(n)])
         expected = expected[SINKS:] / expected[SINKS:].max()
-        torch.testing.assert_close(found[SINKS:].double(), expected, atol=0.015, rtol=0.05)
+        torch.testing.assert_close(found[SINKS:].double(), expected, atol=0.025, rtol=0.05)
 
 
 def test_landmarks_that_absorb_hide_what_lies_behind_them() -> None:

@@ -174,6 +174,10 @@ def test_many_matrices_walk_as_one_does_and_apart_from_each_other() -> None:
     assert not torch.equal(counts[0], counts[2])
     given = [torch.arange(layer.shape[2]).double() / sum(range(layer.shape[2])) for layer in layers]
     assert len(batched_walk_simulation(layers, 20, 30, SINKS, given)) == 3
+    with pytest.raises(ValueError, match="start: got 2 tensors, allowed: 3, one per matrix"):
+        batched_walk_simulation(layers, 20, 30, SINKS, given[:2])
+    with pytest.raises(ValueError, match="absorbing: got 1 tensors, allowed: 3"):
+        batched_walk_simulation(layers, 20, 30, SINKS, absorbing=extra[:1])
 
 
 def test_influence_is_visits_over_the_root_of_the_tokens_behind() -> None:
@@ -188,11 +192,11 @@ def test_influence_is_visits_over_the_root_of_the_tokens_behind() -> None:
         term = term @ leaving
         series += term
     expected = (series[..., 0, :] / (n + 1 - torch.arange(n)).sqrt())[..., SINKS:]
-    scores = causal_influence_walk(given, 200_000, 10, 2.0, SINKS)
+    scores = causal_influence_walk(given, 100_000, 10, 2.0, SINKS)
     assert bool((scores[..., :SINKS] == 1).all())
     assert scores.dtype == torch.float32
     torch.testing.assert_close(
-        scores[..., SINKS:].double(), expected / expected.amax(2, keepdim=True), atol=0.01, rtol=0.05
+        scores[..., SINKS:].double(), expected / expected.amax(2, keepdim=True), atol=0.015, rtol=0.05
     )
 
 
