@@ -208,6 +208,16 @@ def test_influence_is_between_0_and_1(walkers: int) -> None:
     assert bool((scores[..., 3:].amax(2) == 1).all())
 
 
+def test_the_halves_are_walkers_of_their_own() -> None:
+    """51 from the query, then 50 with the next numbers: none shares random words with another."""
+    given = attention(1, 2, 37)
+    uniform = count_visits(transition_tables(given, SINKS, "uniform"), 50, 10, 6, first_walker=51)
+    visits = (simulate_walks(given, 51, 10, SINKS, seed=6)[0] + uniform)[:, SINKS:]
+    expected = visits / (38 - torch.arange(SINKS, 37)).sqrt()
+    scores = causal_influence_walk(given, 101, seed=6)[0, :, SINKS:]
+    torch.testing.assert_close(scores, expected / expected.amax(1, keepdim=True))
+
+
 def test_a_low_temperature_makes_the_walk_greedy() -> None:
     given = attention(1, 1, 40, spread=3.0)
     token, path = 39, set()
