@@ -10,6 +10,7 @@ from attn_hub.kernels.hand_over import append_token_kernel, post_kernel
 from attn_hub.kernels.rotate import rotate_kernel
 from attn_hub.kernels.weighted_rows import attend_pair_kernel, attend_rows_kernel, merge_splits_kernel
 from cache_hub.cluster_kernels import nearest_centroid_kernel, sum_members_kernel
+from cache_hub.eviction.walk_kernels import GROUP, walk_kernel
 from cache_hub.index.chunk_topk import chunk_maxima_kernel, chunk_scores_kernel, largest_kernel
 from cache_hub.index.co_occurrence_kernels import first_from_kernel, nearest_in_lists_kernel
 from cache_hub.index.projection import pair_scores_kernel, prune_fill_kernel
@@ -175,3 +176,7 @@ if __name__ == "__main__":
         compile_kernel(first_from_kernel, capability, named | {"count": "i64"}, {"BLOCK": 256})
         pairs = {"keys": "*bf16", "node": "*i64", "candidate": "*i64", "scores": "*fp32"}
         compile_kernel(pair_scores_kernel, capability, pairs, {"BLOCK_P": 32, "BLOCK_D": 128})
+        walks = {"cumulative": "*i32", "starts": "*i32", "absorbing": "*u8", "counts": "*i64"}
+        for seed in ("i32", "i64"):
+            sizes = {"GROUP": GROUP, "ROUNDS": 15}
+            compile_kernel(walk_kernel, capability, walks | {"seed": seed}, sizes, num_warps=GROUP // 32)
