@@ -10,7 +10,9 @@ def reversed_recurrence(log_factor: Tensor, inflow: Tensor) -> Tensor:
     largest. Exact to rounding where inflow >= 0, as nothing is subtracted then, and where G spans less than the range
     of the dtype (the callers' G spans n^gamma and the inverse of a clip, in float64).
     """
-    log_g = log_factor.cumsum(-1) - log_factor
+    log_g = log_factor.roll(1, -1)
+    log_g[..., 0] = 0
+    log_g = log_g.cumsum(-1)
     g = (log_g - log_g.amax(-1, keepdim=True)).exp()
     return (inflow * g).flip(-1).cumsum(-1).flip(-1) / g
 
