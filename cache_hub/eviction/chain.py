@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cache_hub.eviction.chain_inputs import (
     check_gamma,
@@ -94,7 +95,7 @@ def landmark_absorbing_scores(
     the mass absorbed there. landmarks: m distinct tokens behind the sinks, [m] or [B, H, m].
 
     A causal walk never comes back to a token that it left, so all walks share one matrix, in which the rows of all
-    landmarks are zero: the walk from token r makes 1 / (1 - gamma P_rr) visits to r and goes on from gamma times as
+    their sources are zero: the walk from token r makes 1 / (1 - gamma P_rr) visits to r and goes on from gamma times as
     many of row r. Raises ValueError as `absorbing_chain_scores` and for landmarks that are sinks, outside or repeated.
     """
     check_gamma(gamma)
@@ -109,7 +110,7 @@ def landmark_absorbing_scores(
     leaving = 1 - gamma + gamma * onward.sum(-1)
     if bool((leaving <= 0).any()):
         raise_absorbing(torch.zeros(batch, heads, n, device=attn.device).scatter_(2, sources, 1.0 * (leaving <= 0)) > 0)
-    absorbed = at_source[:, :, :-1].any(2)
+    absorbed = at_source.any(2)
     absorbed[..., :sink_size] = True
     transitions.masked_fill_(absorbed.unsqueeze(3), 0.0)
     visits = _visits(transitions, gamma * onward / leaving.unsqueeze(3), gamma)
@@ -154,7 +155,7 @@ def grounded_potentials(conductances: Tensor, sink_size: int = 4) -> Tensor:
         )
     current = torch.zeros(*conductances.shape[:2], n - sink_size, 1, dtype=factor.dtype, device=factor.device)
     current[..., -1, 0] = 1
-    return torch.nn.functional.pad(torch.cholesky_solve(current, factor).squeeze(-1), (sink_size, 0))
+    return pad(torch.cholesky_solve(current, factor).squeeze(-1), (sink_size, 0))
 
 
 def _sources(

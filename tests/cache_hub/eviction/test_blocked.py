@@ -136,6 +136,17 @@ def test_a_singular_chain_names_its_token(dtype: torch.dtype, device: str) -> No
     assert bool(blocked_chain_scores(query, key, gamma=0.9, block=16).isfinite().all())
 
 
+@pytest.mark.parametrize("token", range(20, 32))
+def test_a_singular_chain_is_seen_through_rounding(token: int) -> None:
+    """A log-sum-exp summed in another order, here in float64, may lie above the token's logit for itself."""
+    query, key = queries_and_keys(40, 2, 1)
+    query[0, 0, token] = 6 * key[0, 0, token]
+    key[0, 0, token] *= 3
+    lse = causal_log_sum_exp(query.float().double(), key.float().double())
+    with pytest.raises(ValueError, match=f"token {token} is absorbing"):
+        blocked_chain_scores(query.float(), key.float(), lse)
+
+
 def test_bad_input_is_told() -> None:
     query, key = queries_and_keys(20, 6, 2)
     nan = key.clone()

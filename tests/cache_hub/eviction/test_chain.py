@@ -162,6 +162,8 @@ def test_transitions_are_powers_of_the_rows() -> None:
     torch.testing.assert_close(compute_transition_matrix(attention), attention, rtol=1e-13, atol=0)
     for temperature in (1e-30, 1e30):
         assert bool(compute_transition_matrix(attention.float(), temperature).isfinite().all())
+    flat = uniform_attention(64).float()
+    torch.testing.assert_close(compute_transition_matrix(flat, 1e-38), flat, rtol=1e-6, atol=0)
 
 
 def test_later_rows_and_keys_change_nothing() -> None:
@@ -248,10 +250,10 @@ def test_a_singular_chain_names_its_token(dtype: torch.dtype) -> None:
 def test_bad_attention_is_told() -> None:
     attention = random_attention(20)
     above, unsummed, nan = attention.clone(), attention.clone(), attention.clone()
-    above[0, 1, 3, 7], unsummed[1, 0, 6] = 0.1, unsummed[1, 0, 6] / 2
+    above[0, 1, 6, 7], unsummed[1, 0, 6] = 0.1, unsummed[1, 0, 6] / 2
     nan[0, 0, 5, 2] = torch.nan
     for score in (absorbing_chain_scores, compute_transition_matrix, personalized_pagerank_scores):
-        with pytest.raises(ValueError, match=r"\[0, 1, 3, 7\]: got 0.1 above the diagonal, allowed: 0"):
+        with pytest.raises(ValueError, match=r"\[0, 1, 6, 7\]: got 0.1 above the diagonal, allowed: 0"):
             score(above)
         with pytest.raises(ValueError, match=r"row \[1, 0, 6\] sums to 0.(5|49999)"):
             score(unsummed)

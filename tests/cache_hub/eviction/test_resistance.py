@@ -55,6 +55,7 @@ def test_potentials_are_visits_of_the_reversible_walk(sink_size: int) -> None:
     """N_qj = D_j v_j, with N of the walk whose steps are proportional to the conductances."""
     n = 63
     conductances = attention_conductances(random_attention(n, 2.0))
+    assert bool((conductances.diagonal(dim1=2, dim2=3) == 0).all())
     degree = conductances.sum(-1)
     inner = (conductances / degree.unsqueeze(-1))[..., sink_size:, sink_size:]
     visits = torch.linalg.inv(torch.eye(n - sink_size, dtype=torch.float64) - inner)[..., -1, :]
