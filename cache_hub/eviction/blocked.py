@@ -4,8 +4,8 @@ Source: reference section 8.5. Rows of attention are recomputed block by block f
 multiply-adds a query head, the score half of one more attention pass.
 
 Products of float16 and bfloat16 inputs are summed in float32 (exact products; on CUDA in tensor cores where torch has
-`bmm` with `out_dtype`, 2.8 and later); everything after them is float32, or float64 for float64 inputs. Float32 inputs
-follow torch's own setting of TF32.
+`bmm` with `out_dtype`, 2.8 and later); everything after them is float32, or float64 for float64 inputs. Products of
+float32 on CUDA follow torch's own setting of TF32.
 """
 
 import torch

@@ -3,12 +3,15 @@
 The exact form of CircuitKV's scores. All functions take attention [B, H, n, n], causal, rows summing to 1, compute in
 float32 at least (float64 for float64) and return that attention's dtype. They raise ValueError for attention of another
 shape, with NaN, with an entry above the diagonal (naming it), or with a row that does not sum to 1.
+
+Scores of 16 bits tie: who selects tokens by them passes 16-bit attention as `attn.float()`.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cache_hub.eviction.chain_inputs import (
     check_gamma,
@@ -18,8 +21,8 @@ from cache_hub.eviction.chain_inputs import (
     start_distribution,
 )
 
-# How far a row's sum may lie from 1: attention of 16 bits is rounded by 2^-9 a weight.
-_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 1e-2}
+# How far a row's sum may lie from 1 before it is refused; attention of 16 bits, or once of 16 bits, is 2^-9 off.
+_TOLERANCE = 1e-2
 
 
 def compute_transition_matrix(attn: Tensor, temperature: float = 1.0) -> Tensor:
@@ -92,7 +95,7 @@ def landmark_absorbing_scores(
     the mass absorbed there. landmarks: m distinct tokens behind the sinks, [m] or [B, H, m].
 
     A causal walk never comes back to a token that it left, so all walks share one matrix, in which the rows of all
-    landmarks are zero: the walk from token r makes 1 / (1 - gamma P_rr) visits to r and goes on from gamma times as
+    their sources are zero: the walk from token r makes 1 / (1 - gamma P_rr) visits to r and goes on from gamma times as
     many of row r. Raises ValueError as `absorbing_chain_scores` and for landmarks that are sinks, outside or repeated.
     """
     check_gamma(gamma)
@@ -107,7 +110,7 @@ def landmark_absorbing_scores(
     leaving = 1 - gamma + gamma * onward.sum(-1)
     if bool((leaving <= 0).any()):
         raise_absorbing(torch.zeros(batch, heads, n, device=attn.device).scatter_(2, sources, 1.0 * (leaving <= 0)) > 0)
-    absorbed = at_source[:, :, :-1].any(2)
+    absorbed = at_source.any(2)
     absorbed[..., :sink_size] = True
     transitions.masked_fill_(absorbed.unsqueeze(3), 0.0)
     visits = _visits(transitions, gamma * onward / leaving.unsqueeze(3), gamma)
@@ -152,7 +155,7 @@ def grounded_potentials(conductances: Tensor, sink_size: int = 4) -> Tensor:
         )
     current = torch.zeros(*conductances.shape[:2], n - sink_size, 1, dtype=factor.dtype, device=factor.device)
     current[..., -1, 0] = 1
-    return torch.nn.functional.pad(torch.cholesky_solve(current, factor).squeeze(-1), (sink_size, 0))
+    return pad(torch.cholesky_solve(current, factor).squeeze(-1), (sink_size, 0))
 
 
 def _sources(
@@ -193,7 +196,7 @@ def check_attention(attn: Tensor) -> None:
         at = later.nonzero()[0].tolist()
         raise ValueError(f"attn{at}: got {float(attn[tuple(at)])} above the diagonal, allowed: 0 (lower triangular)")
     sums = attn.sum(-1, dtype=torch.promote_types(attn.dtype, torch.float32))
-    wrong = (sums - 1).abs() > _TOLERANCE.get(attn.dtype, 1e-4)
+    wrong = (sums - 1).abs() > _TOLERANCE
     if bool(wrong.any()):
         at = wrong.nonzero()[0].tolist()
         raise ValueError(f"attn: row {at} sums to {float(sums[tuple(at)])}, allowed: 1")

@@ -65,10 +65,9 @@ def surrogate_chain_scores(
     in_window = torch.linalg.solve_triangular(system, started, upper=False, left=False)
     entry = (mass[:prefix] + gamma * (in_window @ attention[..., :prefix]).squeeze(2)).double()
     profile = attention[..., :prefix].sum(2, dtype=torch.float64).clamp(min=_LEAST_PROFILE)
-    before = profile.cumsum(-1) - profile
     visits = entry.clone()
     if prefix > sink_size:
-        before, inner = before[..., sink_size:], profile[..., sink_size:]
+        before, inner = profile.cumsum(-1)[..., sink_size - 1 : -1], profile[..., sink_size:]
         flow = reversed_recurrence(torch.log1p(gamma * inner / before), entry[..., sink_size:] / before)
         visits[..., :sink_size] += gamma * profile[..., :sink_size] * flow[..., :1]
         visits[..., sink_size:] += gamma * inner * following(flow)
