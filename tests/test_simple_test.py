@@ -12,7 +12,7 @@ import simple_test
 from benchmark.measure import measure
 from benchmark.needle import needle_prompt
 from cache_hub import memory
-from config import RETRIEVAL_STRATEGIES, RetroInferConfig, generate_config
+from config import EVICTING, RETRIEVAL_STRATEGIES, RetroInferConfig, generate_config
 
 RECORD = {
     "answer", "correct", "prefill_seconds", "build_seconds", "ms_per_token", "attended_share", "scored_share", "recall",
