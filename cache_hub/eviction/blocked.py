@@ -11,13 +11,8 @@ float32 on CUDA follow torch's own setting of TF32.
 import torch
 from torch import Tensor
 
-from cache_hub.eviction.chain_inputs import (
-    check_gamma,
-    check_sink_size,
-    check_temperature,
-    raise_absorbing,
-    start_distribution,
-)
+from .chain_inputs import raise_absorbing, start_distribution
+from .checks import check_gamma, check_sinks, check_temperature
 
 # Weights of attention held at a time over all heads: 64 MiB of float32.
 _TILE = 1 << 24
@@ -71,7 +66,7 @@ def blocked_chain_scores(
     check_gamma(gamma)
     rows = _BlockRows(query, key, block, temperature, scale)
     n = rows.n
-    check_sink_size(sink_size, n)
+    check_sinks(sink_size, n)
     if lse is None or temperature != 1:
         lse = causal_log_sum_exp(query, key, block, temperature, scale)
     elif lse.shape != query.shape[:3]:

@@ -1,10 +1,8 @@
 """Exact visits of random walks that go backwards along causal attention, by triangular solves of the whole matrix.
 
 The exact form of CircuitKV's scores. All functions take attention [B, H, n, n], causal, rows summing to 1, compute in
-float32 at least (float64 for float64) and return that attention's dtype. They raise ValueError for attention of another
+float32 at least (float64 for float64) and return that. They raise ValueError for attention of another
 shape, with NaN, with an entry above the diagonal (naming it), or with a row that does not sum to 1.
-
-Scores of 16 bits tie: who selects tokens by them passes 16-bit attention as `attn.float()`.
 """
 
 from collections.abc import Sequence
@@ -13,16 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cache_hub.eviction.chain_inputs import (
-    check_gamma,
-    check_sink_size,
-    check_temperature,
-    raise_absorbing,
-    start_distribution,
-)
-
-# How far a row's sum may lie from 1 before it is refused; attention of 16 bits, or once of 16 bits, is 2^-9 off.
-_TOLERANCE = 1e-2
+from .chain_inputs import raise_absorbing, start_distribution
+from .checks import check_causal, check_gamma, check_sinks, check_temperature
 
 
 def compute_transition_matrix(attn: Tensor, temperature: float = 1.0) -> Tensor:
@@ -30,7 +20,7 @@ def compute_transition_matrix(attn: Tensor, temperature: float = 1.0) -> Tensor:
 
     Raises ValueError for a temperature that is not above 0 and finite, and for attention as the module says.
     """
-    return _transitions(attn, temperature).to(attn.dtype)
+    return _transitions(attn, temperature)
 
 
 def absorbing_chain_scores(
@@ -51,10 +41,10 @@ def absorbing_chain_scores(
     check_gamma(gamma)
     transitions = _transitions(attn, temperature)
     n = attn.shape[-1]
-    check_sink_size(sink_size, n)
+    check_sinks(sink_size, n)
     mass = start_distribution(start, n, sink_size, window, transitions.dtype, attn.device)
     transitions[..., :sink_size, :] = 0
-    return _visits(transitions, mass.expand(attn.shape[:3]).unsqueeze(2), gamma).squeeze(2).to(attn.dtype)
+    return _visits(transitions, mass.expand(attn.shape[:3]).unsqueeze(2), gamma).squeeze(2)
 
 
 def visit_probabilities(visits: Tensor, self_transitions: Tensor, sink_size: int = 4, gamma: float = 1.0) -> Tensor:
@@ -79,7 +69,7 @@ def personalized_pagerank_scores(attn: Tensor, alpha: float = 0.85) -> Tensor:
     transitions = _transitions(attn, 1.0)
     mass = start_distribution("query", attn.shape[-1], 0, 1, transitions.dtype, attn.device)
     visits = _visits(transitions, mass.expand(attn.shape[:3]).unsqueeze(2), alpha).squeeze(2)
-    return ((1 - alpha) * visits).to(attn.dtype)
+    return (1 - alpha) * visits
 
 
 def landmark_absorbing_scores(
@@ -101,7 +91,7 @@ def landmark_absorbing_scores(
     check_gamma(gamma)
     transitions = _transitions(attn, temperature)
     batch, heads, n = attn.shape[:3]
-    check_sink_size(sink_size, n)
+    check_sinks(sink_size, n)
     sources = _sources(landmarks, batch, heads, sink_size, n, attn.device)
     at_source = torch.zeros(*sources.shape, n, dtype=torch.bool, device=attn.device).scatter_(
         3, sources.unsqueeze(3), True
@@ -114,7 +104,7 @@ def landmark_absorbing_scores(
     absorbed[..., :sink_size] = True
     transitions.masked_fill_(absorbed.unsqueeze(3), 0.0)
     visits = _visits(transitions, gamma * onward / leaving.unsqueeze(3), gamma)
-    return (visits + at_source / leaving.unsqueeze(3)).to(attn.dtype)
+    return visits + at_source / leaving.unsqueeze(3)
 
 
 def effective_resistance_scores(attn: Tensor, sink_size: int = 4) -> Tensor:
@@ -127,12 +117,12 @@ def effective_resistance_scores(attn: Tensor, sink_size: int = 4) -> Tensor:
     """
     conductances = attention_conductances(attn)
     potentials = grounded_potentials(conductances, sink_size).unsqueeze(-1)
-    return ((potentials - potentials.mT).abs() * conductances).sum(-1).div(2).to(attn.dtype)
+    return ((potentials - potentials.mT).abs() * conductances).sum(-1).div(2)
 
 
 def attention_conductances(attn: Tensor) -> Tensor:
     """Symmetric W [B, H, n, n], W_ij = attn[max(i, j), min(i, j)] and 0 on the diagonal, in float32 at least."""
-    check_attention(attn)
+    check_causal(attn, "attn")
     below = attn.to(torch.promote_types(attn.dtype, torch.float32)).tril(-1)
     return below + below.mT
 
@@ -144,7 +134,7 @@ def grounded_potentials(conductances: Tensor, sink_size: int = 4) -> Tensor:
     Raises ValueError for sinks outside 1 to n - 1 and for tokens that are not connected with a sink.
     """
     n = conductances.shape[-1]
-    check_sink_size(sink_size, n)
+    check_sinks(sink_size, n)
     laplacian = conductances.sum(-1).diag_embed() - conductances
     factor, info = torch.linalg.cholesky_ex(laplacian[..., sink_size:, sink_size:])
     if bool(info.any()):
@@ -178,28 +168,9 @@ def _sources(
 def _transitions(attn: Tensor, temperature: float) -> Tensor:
     """compute_transition_matrix in float32 at least; a tensor of its own."""
     check_temperature(temperature)
-    check_attention(attn)
+    check_causal(attn, "attn")
     logits = attn.to(torch.promote_types(attn.dtype, torch.float32)).log()
     return ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
-
-
-def check_attention(attn: Tensor) -> None:
-    """Raises ValueError unless attn is [B, H, n, n], floating, without NaN, causal, and its rows sum to 1."""
-    if attn.ndim != 4 or attn.shape[2] != attn.shape[3] or not attn.is_floating_point():
-        raise ValueError(f"attn: got {attn.dtype} {list(attn.shape)}, allowed: floating point [B, H, n, n]")
-    wrong = attn.isnan() | (attn < 0)
-    if bool(wrong.any()):
-        at = wrong.nonzero()[0].tolist()
-        raise ValueError(f"attn{at}: got {float(attn[tuple(at)])}, allowed: weights >= 0")
-    later = attn.triu(1)
-    if bool(later.any()):
-        at = later.nonzero()[0].tolist()
-        raise ValueError(f"attn{at}: got {float(attn[tuple(at)])} above the diagonal, allowed: 0 (lower triangular)")
-    sums = attn.sum(-1, dtype=torch.promote_types(attn.dtype, torch.float32))
-    wrong = (sums - 1).abs() > _TOLERANCE
-    if bool(wrong.any()):
-        at = wrong.nonzero()[0].tolist()
-        raise ValueError(f"attn: row {at} sums to {float(sums[tuple(at)])}, allowed: 1")
 
 
 def _visits(transitions: Tensor, mass: Tensor, gamma: float) -> Tensor:

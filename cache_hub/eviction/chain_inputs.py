@@ -1,10 +1,10 @@
-"""What the chain scores share: where a walk starts, and the checks of their arguments."""
+"""What the chain scores share: where a walk starts, and how they tell that it cannot leave a token."""
 
-import math
 from typing import NoReturn
 
 import torch
 from torch import Tensor
+
 
 STARTS = ("query", "uniform", "window")
 
@@ -33,24 +33,6 @@ def start_distribution(
     mass = torch.zeros(n, dtype=dtype, device=device)
     mass[n - count :] = 1 / count
     return mass
-
-
-def check_sink_size(sink_size: int, n: int) -> None:
-    """Raises ValueError unless some tokens are sinks and some are not."""
-    if not 1 <= sink_size < n:
-        raise ValueError(f"sink_size: got {sink_size}, allowed: 1 to {n - 1} of {n} tokens")
-
-
-def check_gamma(gamma: float) -> None:
-    """Raises ValueError unless 0 < gamma <= 1."""
-    if not 0 < gamma <= 1:
-        raise ValueError(f"gamma: got {gamma}, allowed: above 0, at most 1")
-
-
-def check_temperature(temperature: float) -> None:
-    """Raises ValueError unless 0 < temperature < infinity."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: got {temperature}, allowed: above 0 and finite")
 
 
 def raise_absorbing(absorbing: Tensor, first: int = 0) -> NoReturn:

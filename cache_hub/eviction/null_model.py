@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from cache_hub.eviction.chain_inputs import check_gamma, check_sink_size, start_distribution
-from cache_hub.eviction.linear_recurrence import following, reversed_recurrence
+from .chain_inputs import start_distribution
+from .checks import check_gamma, check_sinks
+from .linear_recurrence import following, reversed_recurrence
 
 
 def null_model_visits(
@@ -23,7 +24,7 @@ def null_model_visits(
     S_j = (S_{j+1} (j + 1) + a_j) / (j + 1 - gamma). `start` is a name or masses [n].
     Raises ValueError as `absorbing_chain_scores` does, and for masses of another shape.
     """
-    check_sink_size(sink_size, n)
+    check_sinks(sink_size, n)
     check_gamma(gamma)
     if isinstance(start, Tensor) and start.ndim != 1:
         raise ValueError(f"start: got shape {list(start.shape)}, allowed: [{n}]")

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from cache_hub.eviction.chain_inputs import check_gamma, raise_absorbing, start_distribution
-from cache_hub.eviction.linear_recurrence import following, reversed_recurrence
+from .chain_inputs import raise_absorbing, start_distribution
+from .checks import check_gamma
+from .linear_recurrence import following, reversed_recurrence
 
 # Column sums of the window's attention are clipped to this from below, so that a prefix row of zeros stays a row.
 _LEAST_PROFILE = 1e-12

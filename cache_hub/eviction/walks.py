@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .checks import check_causal
+from .chain import compute_transition_matrix
 from .importance import to_unit
 from .walk_reference import torch_walks
 from .walk_tables import WalkTables, start_rows, transition_tables
@@ -169,7 +169,7 @@ def causal_influence_walk(
     Raises ValueError for attention that is not causal, not finite or does not sum to 1 and numbers out of bounds.
     """
     check_walks(num_walkers, num_steps, seed)
-    transitions = _tempered(attention_matrix, temperature)
+    transitions = compute_transition_matrix(attention_matrix, temperature)
     by_query = transition_tables(transitions, sink_size, "query")
     uniform = replace(by_query, starts=start_rows("uniform", by_query.absorbing))
     second = num_walkers // 2
@@ -179,14 +179,3 @@ def causal_influence_walk(
     n = counts.shape[1]
     after = n + 1 - torch.arange(n, device=counts.device)
     return to_unit(counts.view(transitions.shape[:3]) / after.sqrt(), sink_size)
-
-
-def _tempered(attention: Tensor, temperature: float) -> Tensor:
-    """Rows attention^(1 / temperature), renormalised [B, H, n, n]."""
-    check_causal(attention)
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: got {temperature}, allowed: above 0 and finite")
-    if temperature == 1:
-        return attention
-    exact = attention.to(torch.promote_types(attention.dtype, torch.float32))
-    return (exact.log() / temperature).softmax(-1)
