@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,8 @@ def report(results: dict[str, dict[str, Any]]) -> str:
 
 def main() -> int:
     args = parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("cache_hub").setLevel(logging.INFO)
     try:
         outcome = run(args)
     except (ConfigError, ValueError, FileNotFoundError, OSError, RuntimeError) as error:

@@ -5,7 +5,6 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-
 STARTS = ("query", "uniform", "window")
 
 
