@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_WEIGHTS = 1 << 25
+
 
 def causal_rows(query: Tensor, key: Tensor, start: int, stop: int) -> Tensor:
     """The softmax attention of tokens start to stop - 1, [B, Hkv, g, stop - start, stop] float32, scale 1 / sqrt(D).
@@ -22,9 +24,11 @@ def causal_rows(query: Tensor, key: Tensor, start: int, stop: int) -> Tensor:
     return logits.masked_fill_(future, float("-inf")).softmax(-1)
 
 
-def received_mass(query: Tensor, key: Tensor, block: int) -> Tensor:
-    """The sum of all rows of the causal attention, [B, Hkv, g, n] float32; `block` rows are held at a time."""
+def received_mass(query: Tensor, key: Tensor, block: int = 0) -> Tensor:
+    """The sum of all rows of the causal attention, [B, Hkv, g, n] float32; `block` rows are held at a time, 0: as many
+    as have 2^25 weights."""
     batch, tokens, kv_heads, _ = key.shape
+    block = block or max(_WEIGHTS // (batch * query.shape[2] * tokens), 1)
     mass = torch.zeros(batch, kv_heads, query.shape[2] // kv_heads, tokens, device=key.device)
     for start in range(0, tokens, block):
         stop = min(start + block, tokens)

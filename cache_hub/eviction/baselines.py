@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from config import RetroInferConfig
 
 Pooling = Literal["max", "average", "none"]
-# Rows of attention held at a time, of all heads.
-_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class H2O(Scorer):
         return cls(0, settings.eviction.window, settings.eviction.group)
 
     def score(self, query: Tensor, key: Tensor) -> Tensor:
-        return over_group(received_mass(query, key, _BLOCK), self.group)
+        return over_group(received_mass(query, key), self.group)
 
     def priority(self, positions: Tensor, mass: Tensor) -> Tensor:
         return mass

@@ -27,6 +27,7 @@ def settings_of(
         gpu_only=gpu_only,
         attention_aware_graph=graph,
         flat={"on_gpu": on_gpu, "scan_share": scan_share},
+        eviction={"budget": 100},
     )
 
 
@@ -53,6 +54,10 @@ def settings_of(
         ("attention_aware_graph", {"gpu_only": True, "estimation": "softmax_lift", "insert_batch": 0}),
         ("flat", {"gpu_only": True, "on_gpu": True, "estimation": "centroid"}),
         ("wave_index", {}),
+        ("streaming_llm", {}),
+        ("h2o", {}),
+        ("snapkv", {}),
+        ("circuitkv", {}),
     ],
 )
 def test_replayed_steps_equal_eager_ones(tiny_folder, strategy, graph, lengths):

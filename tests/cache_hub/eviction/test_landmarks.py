@@ -120,7 +120,10 @@ def test_landmarks_that_absorb_hide_what_lies_behind_them() -> None:
         ({"num_walkers": 0}, r"num_walkers: got 0, allowed: 1 to"),
         ({"num_steps": 0}, r"num_steps: got 0, allowed: 1 to"),
         ({"sink_size": 0}, r"sink_size: got 0, allowed: 1 to 19"),
-        ({"attn": torch.ones(1, 1, 20, 20) / 20}, r"attn: got 0\.05.* at \[0, 0, 0, 1\], allowed: 0 above the diagonal"),
+        (
+            {"attn": torch.ones(1, 1, 20, 20) / 20},
+            r"attn: got 0\.05.* at \[0, 0, 0, 1\], allowed: 0 above the diagonal",
+        ),
         ({"backend": "cpu"}, r"backend: got 'cpu'"),
     ],
 )
