@@ -34,7 +34,7 @@ class EvictionConfig(Section):
         default=8, ge=1, description="last tokens of a prompt, always kept; their queries score, but for streaming_llm"
     )
     kernel_size: int = Field(
-        default=7, ge=1, description="tokens whose scores snapkv and pyramidkv pool, an odd number of them"
+        default=7, ge=1, description="tokens whose scores snapkv, pyramidkv and circuitkv pool, an odd number"
     )
     pooling: Literal["max", "average", "none"] = Field(default="max", description="how they are pooled")
     group: Literal["mean", "max"] = Field(

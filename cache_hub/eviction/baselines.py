@@ -7,19 +7,17 @@ pooled, where it repeats keys and values for each of them; softmaxes are summed 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import causal_rows, received_mass
-from .scorer import Reduction, Scorer, over_group
+from .scorer import Pooling, Reduction, Scorer, over_group, pooled
 
 if TYPE_CHECKING:
     from config import RetroInferConfig
-
-Pooling = Literal["max", "average", "none"]
 
 
 @dataclass(frozen=True)
@@ -76,13 +74,7 @@ class SnapKV(Scorer):
     def score(self, query: Tensor, key: Tensor) -> Tensor:
         tokens = key.shape[1]
         rows = causal_rows(query, key, tokens - self.window, tokens)[..., : -self.window]
-        return F.pad(self._pooled(over_group(rows.sum(3), self.group)), (0, self.window))
-
-    def _pooled(self, scores: Tensor) -> Tensor:
-        size, pad = self.kernel_size, self.kernel_size // 2
-        if self.pooling == "max":
-            return F.max_pool1d(scores, size, 1, pad)
-        return F.avg_pool1d(scores, size, 1, pad) if self.pooling == "average" else scores
+        return F.pad(pooled(over_group(rows.sum(3), self.group), self.kernel_size, self.pooling), (0, self.window))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from config import ConfigError
@@ -26,7 +27,7 @@ from .chain import (
 from .importance import compute_importance_scores, rank_max_combination, select_top_k_tokens
 from .landmarks import landmark_walks
 from .null_model import null_model_visits
-from .scorer import Reduction, Scorer, over_group
+from .scorer import Pooling, Reduction, Scorer, over_group, pooled
 from .surrogate import surrogate_chain_scores, window_attention
 from .walks import batched_walk_simulation, causal_influence_walk, simulate_walks
 
@@ -45,34 +46,43 @@ class CircuitKV(Scorer):
     observed: int
     temperature: float
     gamma: float
+    kernel_size: int
+    pooling: Pooling
     group: Reduction
 
     @classmethod
     def of(cls, settings: RetroInferConfig) -> CircuitKV:
-        own, sinks = settings.circuitkv, settings.static_pattern_start
+        own, shared, sinks = settings.circuitkv, settings.eviction, settings.static_pattern_start
         if sinks < 1:
             raise ConfigError(f"static_pattern_start: got {sinks}, allowed with circuitkv: >= 1, since sinks absorb")
         if own.rows == "window" and own.temperature != 1:
             raise ConfigError(f"circuitkv.temperature: got {own.temperature}, allowed with rows=window: 1")
         walks = (own.score, own.rows, own.window, own.temperature, own.gamma)
-        return cls(sinks, settings.eviction.window, *walks, settings.eviction.group)
+        return cls(sinks, shared.window, *walks, shared.kernel_size, shared.pooling, shared.group)
 
     def score(self, query: Tensor, key: Tensor) -> Tensor:
+        """As Scorer's; what is between sinks and window is pooled."""
+        scores = over_group(self._by_query_head(query, key), self.group)
+        first, last = self.sinks, key.shape[1] - self.window
+        between = pooled(scores[..., first:last], self.kernel_size, self.pooling)
+        return torch.cat((scores[..., :first], between, scores[..., last:]), -1)
+
+    def _by_query_head(self, query: Tensor, key: Tensor) -> Tensor:
+        """[B, Hkv, g, n]"""
         tokens, kv_heads = key.shape[1:3]
         observed = min(self.observed, tokens - self.sinks)
         if self.kind == "direct":
-            return over_group(causal_rows(query, key, tokens - observed, tokens).sum(3), self.group)
+            return causal_rows(query, key, tokens - observed, tokens).sum(3)
         if self.kind == "rank_max":
             by_query, by_hub = (self._visits(query, key, start, observed) for start in ("query", "uniform"))
-            visits = rank_max_combination(by_query, by_hub, self.sinks)
-        else:
-            start = _STARTS[self.kind.removeprefix("null_")]
-            visits = self._visits(query, key, start, observed)
-            if self.kind.startswith("null_"):
-                visits = visits / null_model_visits(
-                    tokens, start, self.sinks, self.gamma, observed, visits.dtype, visits.device
-                )
-        return over_group(visits.unflatten(1, (kv_heads, -1)), self.group)
+            return rank_max_combination(by_query, by_hub, self.sinks).unflatten(1, (kv_heads, -1))
+        start = _STARTS[self.kind.removeprefix("null_")]
+        visits = self._visits(query, key, start, observed)
+        if self.kind.startswith("null_"):
+            visits = visits / null_model_visits(
+                tokens, start, self.sinks, self.gamma, observed, visits.dtype, visits.device
+            )
+        return visits.unflatten(1, (kv_heads, -1))
 
     def _visits(self, query: Tensor, key: Tensor, start: str, observed: int) -> Tensor:
         """[B, H, n] from the attention of query [B, n, H, D] and key [B, n, Hkv, D]."""

@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
     from config import RetroInferConfig
 
 Reduction = Literal["mean", "max"]
+Pooling = Literal["max", "average", "none"]
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,10 @@ class Scorer(ABC):
 def over_group(scores: Tensor, reduction: Reduction) -> Tensor:
     """[B, Hkv, n] of scores [B, Hkv, g, n]: one set of tokens is kept for the query heads that share a kv head."""
     return scores.mean(2) if reduction == "mean" else scores.amax(2)
+
+
+def pooled(scores: Tensor, size: int, pooling: Pooling) -> Tensor:
+    """scores [B, Hkv, n], each with those of the `size` tokens around it, so that neighbours are kept together."""
+    if pooling == "max":
+        return F.max_pool1d(scores, size, 1, size // 2)
+    return F.avg_pool1d(scores, size, 1, size // 2) if pooling == "average" else scores
