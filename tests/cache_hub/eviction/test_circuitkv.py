@@ -12,7 +12,6 @@ from cache_hub.eviction.importance import rank_max_combination
 from cache_hub.eviction.null_model import null_model_visits
 from cache_hub.eviction.surrogate import surrogate_chain_scores
 from config import ConfigError, RetroInferConfig
-from config.eviction import CIRCUIT_SCORES
 
 N, SINKS, WINDOW = 90, 3, 20
 STARTS = {"query": "query", "hub": "uniform", "window": "window"}
