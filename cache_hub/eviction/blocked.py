@@ -28,15 +28,7 @@ def causal_log_sum_exp(
     query [B, H, n, D], key [B, Hkv, n, D], H a multiple of Hkv; logits are scale / temperature times the products,
     scale D^-0.5 unless given. Raises ValueError for other shapes, a block below 1 and a temperature not above 0.
     """
-    rows = _BlockRows(query, key, block, temperature, scale)
-    sums = torch.empty(query.shape[:3], dtype=rows.dtype, device=query.device)
-    for low in range(0, rows.n, block):
-        high = min(low + block, rows.n)
-        total = rows.diagonal_logits(low, high).logsumexp(-1)
-        for first, last in rows.tiles(low, high):
-            total = torch.logaddexp(total, rows.logits(low, high, first, last).logsumexp(-1))
-        sums[..., low:high] = total
-    return sums
+    return _log_sums(_BlockRows(query, key, block, temperature, scale), block)[0]
 
 
 @torch.no_grad()
@@ -60,25 +52,30 @@ def blocked_chain_scores(
     solved together; it need not divide n.
 
     Raises ValueError as `absorbing_chain_scores`, and for shapes that do not fit, a block below 1, and inputs with NaN
-    or infinity. A chain counts as singular where 1 - gamma Q_jj is below what rounding of the lse leaves of it.
+    or infinity. A token may attend to hardly anything but itself, as some of real models do: what leaves it, 1 - Q_jj,
+    comes from the pass that makes the lse. With an lse that is given it is a difference, and a chain counts as singular
+    where that is below what rounding of the lse leaves of it.
     Nothing waits for the device before the end, but for the check of a start that is a tensor.
     """
     check_gamma(gamma)
     rows = _BlockRows(query, key, block, temperature, scale)
     n = rows.n
     check_sinks(sink_size, n)
+    given = lse is not None and temperature == 1
     if lse is None or temperature != 1:
-        lse = causal_log_sum_exp(query, key, block, temperature, scale)
-    elif lse.shape != query.shape[:3]:
+        lse, leaving = _log_sums(rows, block)
+        leaving = leaving.exp_().mul_(gamma).add_(1 - gamma)
+    elif lse.shape == query.shape[:3]:
+        leaving = 1 - gamma * self_transitions(query, key, lse, 1.0, scale)
+    else:
         raise ValueError(f"lse: got shape {list(lse.shape)}, allowed: {list(query.shape[:3])}")
     shift = lse.to(rows.dtype).neg().unsqueeze(3)
     scores = start_distribution(start, n, sink_size, window, rows.dtype, query.device).expand(query.shape[:3]).clone()
-    leaving = torch.ones_like(scores)
+    leaving[..., :sink_size] = 1
     for high in range(n, sink_size, -block):
         low = max(sink_size, high - block)
         system = rows.diagonal_logits(low, high, shift).exp_().mul_(-gamma)
-        system.diagonal(dim1=-2, dim2=-1).add_(1)
-        leaving[..., low:high] = system.diagonal(dim1=-2, dim2=-1)
+        system.diagonal(dim1=-2, dim2=-1).copy_(leaving[..., low:high])
         entering = scores[..., None, low:high]
         solved = torch.linalg.solve_triangular(system, entering, upper=False, left=False)
         scores[..., low:high] = solved.squeeze(2)
@@ -86,7 +83,9 @@ def blocked_chain_scores(
         for first, last in rows.tiles(low, high):
             weights = rows.logits(low, high, first, last, shift).exp_()
             scores[..., first:last] += (onward @ weights.flatten(0, 1)).view(*query.shape[:2], last - first)
-    _check_solved(scores, leaving, shift)
+    # A logit and its log-sum-exp, summed in different orders, differ by some roundings of their size.
+    rounding = 8 * torch.finfo(rows.dtype).eps * (1 + shift.squeeze(3).abs()) if given else 0.0
+    _check_solved(scores, leaving <= rounding)
     return scores
 
 
@@ -112,6 +111,7 @@ class _BlockRows:
         self.scale = (query.shape[3] ** -0.5 if scale is None else scale) / temperature
         self._grouped, self._key = query.unflatten(1, (key.shape[1], -1)), key
         self._heads = query.shape[:2]
+        self.heads_and_tokens, self.device = query.shape[:3], query.device
         self._mixed = query.is_cuda and query.element_size() == 2 and _MIXED_PRODUCTS
 
     def tiles(self, low: int, high: int) -> list[tuple[int, int]]:
@@ -153,10 +153,24 @@ def _check_shapes(query: Tensor, key: Tensor, block: int) -> None:
         raise ValueError(f"block: got {block}, allowed: >= 1")
 
 
-def _check_solved(scores: Tensor, leaving: Tensor, shift: Tensor) -> None:
+def _log_sums(rows: _BlockRows, block: int) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp [B, H, n] of every row, and the logarithm of the share of it that is not the row's own token."""
+    sums, leaving = (torch.empty(rows.heads_and_tokens, dtype=rows.dtype, device=rows.device) for _ in range(2))
+    for low in range(0, rows.n, block):
+        high = min(low + block, rows.n)
+        logits = rows.diagonal_logits(low, high)
+        own = logits.diagonal(dim1=-2, dim2=-1).clone()
+        logits.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
+        others = logits.logsumexp(-1)
+        for first, last in rows.tiles(low, high):
+            others = torch.logaddexp(others, rows.logits(low, high, first, last).logsumexp(-1))
+        total = torch.logaddexp(others, own)
+        sums[..., low:high], leaving[..., low:high] = total, others - total
+    return sums, leaving
+
+
+def _check_solved(scores: Tensor, singular: Tensor) -> None:
     """Raises ValueError for a singular chain and for scores that are not finite; the one wait for the device."""
-    # A logit and its log-sum-exp, summed in different orders, differ by some roundings of their size.
-    singular = leaving <= 8 * torch.finfo(shift.dtype).eps * (1 + shift.squeeze(3).abs())
     if bool(singular.any() | ~scores.isfinite().all()):
         if bool(singular.any()):
             raise_absorbing(singular)
