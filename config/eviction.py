@@ -74,6 +74,11 @@ class CircuitKVConfig(Section):
         "same profile, the sum of these",
     )
     window: int = Field(default=64, ge=1, description="last tokens of a prompt, whose attention is observed")
+    count: Literal["visits", "probability"] = Field(
+        default="visits",
+        description="expected visits, those of a token that walks stay at included, or the probability of ever coming "
+        "to it",
+    )
     temperature: float = Field(
         default=1.0,
         gt=0,

@@ -43,13 +43,15 @@ def blocked_chain_scores(
     temperature: float = 1.0,
     block: int = 256,
     scale: float | None = None,
+    probability: bool = False,
 ) -> Tensor:
     """`absorbing_chain_scores` of the causal attention of query and key, [B, H, n], float32 (float64 for float64).
 
     query [B, H, n, D], key [B, Hkv, n, D], H a multiple of Hkv: the query heads of a group share its keys. lse: natural
     log-sum-exp of the rows, [B, H, n], as flash attention returns it; without it, or at a temperature other than 1,
     which has a normaliser of its own, it is computed by one more pass. scale is D^-0.5 unless given. `block` rows are
-    solved together; it need not divide n.
+    solved together; it need not divide n. probability: of ever coming to a token, as `visit_probabilities`, in place of
+    the visits.
 
     Raises ValueError as `absorbing_chain_scores`, and for shapes that do not fit, a block below 1, and inputs with NaN
     or infinity. A token may attend to hardly anything but itself, as some of real models do: what leaves it, 1 - Q_jj,
@@ -86,7 +88,7 @@ def blocked_chain_scores(
     # A logit and its log-sum-exp, summed in different orders, differ by some roundings of their size.
     rounding = 8 * torch.finfo(rows.dtype).eps * (1 + shift.squeeze(3).abs()) if given else 0.0
     _check_solved(scores, leaving <= rounding)
-    return scores
+    return scores.mul_(leaving) if probability else scores
 
 
 def self_transitions(

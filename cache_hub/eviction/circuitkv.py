@@ -23,6 +23,7 @@ from .chain import (
     effective_resistance_scores,
     landmark_absorbing_scores,
     personalized_pagerank_scores,
+    visit_probabilities,
 )
 from .importance import compute_importance_scores, rank_max_combination, select_top_k_tokens
 from .landmarks import landmark_walks
@@ -46,6 +47,7 @@ class CircuitKV(Scorer):
     observed: int
     temperature: float
     gamma: float
+    probability: bool
     kernel_size: int
     pooling: Pooling
     group: Reduction
@@ -57,7 +59,7 @@ class CircuitKV(Scorer):
             raise ConfigError(f"static_pattern_start: got {sinks}, allowed with circuitkv: >= 1, since sinks absorb")
         if own.rows == "window" and own.temperature != 1:
             raise ConfigError(f"circuitkv.temperature: got {own.temperature}, allowed with rows=window: 1")
-        walks = (own.score, own.rows, own.window, own.temperature, own.gamma)
+        walks = (own.score, own.rows, own.window, own.temperature, own.gamma, own.count == "probability")
         return cls(sinks, shared.window, *walks, shared.kernel_size, shared.pooling, shared.group)
 
     def score(self, query: Tensor, key: Tensor) -> Tensor:
@@ -79,9 +81,11 @@ class CircuitKV(Scorer):
         start = _STARTS[self.kind.removeprefix("null_")]
         visits = self._visits(query, key, start, observed)
         if self.kind.startswith("null_"):
-            visits = visits / null_model_visits(
-                tokens, start, self.sinks, self.gamma, observed, visits.dtype, visits.device
-            )
+            null = null_model_visits(tokens, start, self.sinks, self.gamma, observed, visits.dtype, visits.device)
+            if self.probability:
+                alone = 1 / torch.arange(1, tokens + 1, dtype=null.dtype, device=null.device)
+                null = visit_probabilities(null, alone, self.sinks, self.gamma)
+            visits = visits / null
         return visits.unflatten(1, (kv_heads, -1))
 
     def _visits(self, query: Tensor, key: Tensor, start: str, observed: int) -> Tensor:
@@ -89,7 +93,9 @@ class CircuitKV(Scorer):
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         if self.rows == "window":
             return surrogate_chain_scores(window_attention(query, key, observed), start, self.sinks, self.gamma)
-        return blocked_chain_scores(query, key, None, start, self.sinks, self.gamma, observed, self.temperature)
+        return blocked_chain_scores(
+            query, key, None, start, self.sinks, self.gamma, observed, self.temperature, probability=self.probability
+        )
 
 
 __all__ = [
@@ -105,4 +111,5 @@ __all__ = [
     "personalized_pagerank_scores",
     "select_top_k_tokens",
     "simulate_walks",
+    "visit_probabilities",
 ]

@@ -67,6 +67,20 @@ def test_scores_are_those_of_the_whole_matrix(kind: str, rows: str, group: int, 
     torch.testing.assert_close(found.double(), expected, **rough)
 
 
+@pytest.mark.parametrize("kind", ["query", "null_hub"])
+def test_probabilities_of_coming_to_a_token(kind: str) -> None:
+    query, key = states(3, 64)
+    attention = attention_of(query, key)
+    start, own = STARTS[kind.removeprefix("null_")], attention.diagonal(dim1=2, dim2=3)
+    by_head = circuitkv.visit_probabilities(absorbing_chain_scores(attention, start, SINKS), own, SINKS)
+    if kind.startswith("null_"):
+        uniform = torch.ones(N, N, dtype=torch.float64).tril() / torch.arange(1, N + 1)[:, None]
+        visits = absorbing_chain_scores(uniform[None, None], start, SINKS)
+        by_head = by_head / circuitkv.visit_probabilities(visits, uniform.diagonal()[None, None], SINKS)
+    found = scorer_of({"pooling": "none"}, score=kind, count="probability").score(query, key)
+    torch.testing.assert_close(found.double(), by_head.unflatten(1, (2, 3)).mean(2), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("pooling", ["max", "average"])
 @pytest.mark.parametrize("group", ["mean", "max"])
 def test_what_is_between_sinks_and_window_is_pooled(pooling: str, group: str) -> None:
