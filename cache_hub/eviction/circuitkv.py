@@ -29,7 +29,7 @@ from .importance import compute_importance_scores, rank_max_combination, select_
 from .landmarks import landmark_walks
 from .null_model import null_model_visits
 from .scorer import Pooling, Reduction, Scorer, over_group, pooled
-from .surrogate import surrogate_chain_scores, window_attention
+from .surrogate import surrogate_chain_scores
 from .walks import batched_walk_simulation, causal_influence_walk, simulate_walks
 
 if TYPE_CHECKING:
@@ -90,9 +90,11 @@ class CircuitKV(Scorer):
 
     def _visits(self, query: Tensor, key: Tensor, start: str, observed: int) -> Tensor:
         """[B, H, n] from the attention of query [B, n, H, D] and key [B, n, Hkv, D]."""
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
         if self.rows == "window":
-            return surrogate_chain_scores(window_attention(query, key, observed), start, self.sinks, self.gamma)
+            tokens = key.shape[1]
+            attention = causal_rows(query, key, tokens - observed, tokens).flatten(1, 2)
+            return surrogate_chain_scores(attention, start, self.sinks, self.gamma)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
         return blocked_chain_scores(
             query, key, None, start, self.sinks, self.gamma, observed, self.temperature, probability=self.probability
         )

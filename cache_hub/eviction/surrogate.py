@@ -11,25 +11,6 @@ from .linear_recurrence import following, reversed_recurrence
 _LEAST_PROFILE = 1e-12
 
 
-def window_attention(query: Tensor, key: Tensor, window: int, scale: float | None = None) -> Tensor:
-    """Causal softmax attention of the last `window` rows over all keys, [B, H, window, n], float32 (float64 for that).
-
-    query [B, H, n, D] or only its last rows, [B, H, >= window, D]; key [B, Hkv, n, D], shared by H / Hkv query heads
-    without being repeated. scale defaults to D^-0.5. Raises ValueError for a window outside 1 to the rows of query.
-    """
-    (batch, heads, rows, head_dim), (kv_heads, n) = query.shape, key.shape[1:3]
-    if not 1 <= window <= min(rows, n):
-        raise ValueError(f"window: got {window}, allowed: 1 to {min(rows, n)} of {rows} queries and {n} keys")
-    if heads % kv_heads:
-        raise ValueError(f"query heads: got {heads}, allowed: a multiple of the {kv_heads} key heads")
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    scaled = query[:, :, rows - window :].to(dtype) * (head_dim**-0.5 if scale is None else scale)
-    grouped = scaled.reshape(batch, kv_heads, heads // kv_heads * window, head_dim)
-    logits = (grouped @ key.to(dtype).transpose(2, 3)).view(batch, heads, window, n)
-    future = torch.ones(window, n, dtype=torch.bool, device=query.device).triu_(n - window + 1)
-    return logits.masked_fill_(future, -torch.inf).softmax(-1)
-
-
 def surrogate_chain_scores(
     window_attention: Tensor, start: str = "query", sink_size: int = 4, gamma: float = 1.0
 ) -> Tensor:

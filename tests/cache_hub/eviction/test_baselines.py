@@ -27,6 +27,17 @@ def dense(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return weights.unflatten(1, (key.shape[2], group))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_of_rounded_states_are_not_rounded_again(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    query, key = (part.to(dtype) for part in states(*shape))
+    n = shape[-1]
+    rows, expected = causal_rows(query, key, n - 5, n), dense(query, key)[:, :, :, n - 5 :]
+    assert rows.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = 1e-13 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(rows.double(), expected, rtol=10 * tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows_of_attention(shape: tuple[int, ...]) -> None:
     query, key = states(*shape)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from chain_cases import dense_attention, queries_and_keys, random_attention
+from chain_cases import random_attention
 
 from cache_hub.eviction.chain import absorbing_chain_scores
-from cache_hub.eviction.surrogate import surrogate_chain_scores, window_attention
+from cache_hub.eviction.surrogate import surrogate_chain_scores
 
 
 def written_out(window: torch.Tensor) -> torch.Tensor:
@@ -46,21 +46,6 @@ def test_prefix_tokens_that_the_window_ignores_have_a_score() -> None:
     torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "n"), [(2, 2, 64, 5), (6, 2, 64, 63), (4, 1, 128, 127)])
-def test_window_attention_is_the_last_rows(
-    dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, n: int
-) -> None:
-    query, key = (part.to(dtype) for part in queries_and_keys(n, heads, kv_heads, head_dim))
-    expected = dense_attention(query.double(), key.double())
-    for window in (1, 5, n):
-        found = window_attention(query, key, window)
-        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        tolerance = 1e-13 if dtype == torch.float64 else 2e-6
-        torch.testing.assert_close(found.double(), expected[:, :, n - window :], rtol=tolerance * 10, atol=tolerance)
-        assert torch.equal(window_attention(query[:, :, n - window :], key, window), found)
-
-
 def test_bad_input_is_told() -> None:
     attention = random_attention(63)[..., 55:, :].clone()
     for sink_size in (0, 56):
@@ -70,11 +55,6 @@ def test_bad_input_is_told() -> None:
         surrogate_chain_scores(attention, gamma=0)
     with pytest.raises(ValueError, match="start: got 'sinks'"):
         surrogate_chain_scores(attention, "sinks")
-    query, key = queries_and_keys(10)
-    with pytest.raises(ValueError, match="window: got 11, allowed: 1 to 10"):
-        window_attention(query, key, 11)
-    with pytest.raises(ValueError, match="query heads: got 2"):
-        window_attention(query, key.repeat(1, 3, 1, 1), 4)
     absorbing, nan = attention.clone(), attention.clone()
     absorbing[1, 0, 2] = 0
     absorbing[1, 0, 2, 57] = 1
