@@ -1,5 +1,6 @@
 """Queries, keys and attentions for the tests of the chain scores, and the overlap of selections."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +44,7 @@ def start_masses(start: str, n: int, sink_size: int, window: int) -> Tensor:
 def dense_visits(transitions: Tensor, mass: Tensor, absorbing: Tensor, gamma: float) -> Tensor:
     """Visits [..., n] by the dense inverse, for P [..., n, n], start masses [n] and absorbing tokens [n] bool."""
     kept = transitions.masked_fill(absorbing.unsqueeze(1), 0.0)
-    return mass @ torch.linalg.inv(torch.eye(len(mass), dtype=kept.dtype) - gamma * kept)
+    return mass @ torch.from_numpy(np.linalg.inv(np.eye(len(mass)) - gamma * kept.numpy()))
 
 
 def overlap(scores: Tensor, exact: Tensor, count: int, sink_size: int = 4) -> Tensor:

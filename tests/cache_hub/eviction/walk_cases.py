@@ -1,5 +1,6 @@
 """Random attention, and what its walkers are expected to visit, by a dense inverse in float64."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,8 @@ def attention(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, sp
 def fundamental(transitions: Tensor, absorbing: Tensor) -> Tensor:
     """(I - Q)^-1 [..., n, n] of transitions [..., n, n] where absorbing tokens [..., n] are not left."""
     leaving = transitions.double().masked_fill(absorbing[..., None], 0)
-    return torch.linalg.inv(torch.eye(transitions.shape[-1], dtype=torch.float64) - leaving)
+    # By numpy: torch factors a batch in threads, in which MKL has been seen to wait for ever.
+    return torch.from_numpy(np.linalg.inv(np.eye(transitions.shape[-1]) - leaving.numpy()))
 
 
 def expected_visits(transitions: Tensor, absorbing: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
