@@ -37,12 +37,14 @@ def surrogate_chain_scores(
     attention = window_attention.to(torch.promote_types(window_attention.dtype, torch.float32))
     mass = start_distribution(start, n, sink_size, window, attention.dtype, attention.device)
     within = attention[..., prefix:]
-    staying = gamma * within.diagonal(dim1=-2, dim2=-1)
-    if not bool((staying < 1).all() & attention.sum().isfinite()):
+    # A sum, not a difference from 1: heads of real models have tokens that attend to hardly anything but themselves.
+    earlier = within.tril(-1)
+    leaving = (1 - gamma) + gamma * (attention[..., :prefix].sum(-1) + earlier.sum(-1))
+    if not bool((leaving > 0).all() & attention.sum().isfinite()):
         if not bool(attention.isfinite().all()):
             raise ValueError("window_attention: got NaN or infinity, allowed: rows that sum to 1")
-        raise_absorbing(staying >= 1, prefix)
-    system = torch.eye(window, dtype=attention.dtype, device=attention.device) - gamma * within
+        raise_absorbing(leaving <= 0, prefix)
+    system = torch.diag_embed(leaving) - gamma * earlier
     started = mass[prefix:].expand(*attention.shape[:2], 1, window)
     in_window = torch.linalg.solve_triangular(system, started, upper=False, left=False)
     entry = (mass[:prefix] + gamma * (in_window @ attention[..., :prefix]).squeeze(2)).double()

@@ -46,6 +46,16 @@ def test_prefix_tokens_that_the_window_ignores_have_a_score() -> None:
     torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=1e-7)
 
 
+def test_a_token_of_the_window_that_attends_to_hardly_anything_else() -> None:
+    """What leaves it is far below what float32 has beside 1."""
+    attention = random_attention(63)[..., 55:, :].clone()
+    attention[:, :, 3] *= 1e-9
+    attention[:, :, 3, 58] += 1 - attention[:, :, 3].sum(-1)
+    expected = surrogate_chain_scores(attention, "uniform")
+    found = surrogate_chain_scores(attention.float(), "uniform")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+
+
 def test_bad_input_is_told() -> None:
     attention = random_attention(63)[..., 55:, :].clone()
     for sink_size in (0, 56):
