@@ -46,6 +46,7 @@ class H2O(Scorer):
 
     group: Reduction
     evicts_while_decoding: ClassVar[bool] = True
+    sums_attention: ClassVar[bool] = True
 
     @classmethod
     def of(cls, settings: RetroInferConfig) -> H2O:

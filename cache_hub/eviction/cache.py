@@ -107,7 +107,7 @@ class EvictionCache(StagedCache):
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
         positions = torch.arange(tokens, device=k.device).expand(*keys.shape[:3])
         with self.stats.timed("build"):
-            if kept < tokens or rolls:
+            if kept < tokens or self.scorer.sums_attention:
                 with self.stats.timed("score"):
                     scores = self.scorer.score(q, k)
             if kept < tokens:
@@ -123,7 +123,8 @@ class EvictionCache(StagedCache):
             if rolls:
                 self._limits[layer_idx][sequences] = min(self._budget_of(tokens), self._keys[layer_idx].shape[2])
                 self._positions[layer_idx][sequences, :, :kept] = positions.int()
-                self._mass[layer_idx][sequences, :, :kept] = scores.gather(2, positions)
+                if self.scorer.sums_attention:
+                    self._mass[layer_idx][sequences, :, :kept] = scores.gather(2, positions)
         self._kept[layer_idx][sequences] = [kept] * len(k)
 
     def prepare_cache(self) -> None:
@@ -159,7 +160,7 @@ class EvictionCache(StagedCache):
         part = WeightedPart(self._keys[layer_idx], self._values[layer_idx], None, None, self._lengths[layer_idx])
         begun = decode_splits(query_states, [part])
         begun.attend(1)
-        if self.scorer.evicts_while_decoding:
+        if self.scorer.sums_attention:
             self._mass[layer_idx] += self._attended(query_states, layer_idx)
         return begun
 

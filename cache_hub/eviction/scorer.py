@@ -25,6 +25,8 @@ class Scorer(ABC):
     window: int
     # Whether generated tokens push others out, so that a layer never holds more than its budget.
     evicts_while_decoding: ClassVar[bool] = False
+    # Whether `priority` reads the attention that tokens have had, of the prompt's queries (`score`) and those since.
+    sums_attention: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -42,7 +44,8 @@ class Scorer(ABC):
 
     def priority(self, positions: Tensor, mass: Tensor) -> Tensor:
         """[B, Hkv, C]: the kept token of which it is least is the next to go. positions int32 of the tokens in their
-        sequences, mass float32: the attention that each has had."""
+        sequences, mass float32: the attention that each has had, 0 without
+        `sums_attention`."""
         raise NotImplementedError(f"{type(self).__name__} keeps what is generated")
 
 
