@@ -1,9 +1,11 @@
-"""Rows of the causal attention over a prompt, and what several rows give each of its tokens."""
+"""Rows of the causal attention over a prompt, and what all of them give each of its tokens."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .checks import choose_backend
 
 _WEIGHTS = 1 << 25
 
@@ -26,10 +28,17 @@ def causal_rows(query: Tensor, key: Tensor, start: int, stop: int) -> Tensor:
     return logits.masked_fill_(future, float("-inf")).softmax(-1)
 
 
-def received_mass(query: Tensor, key: Tensor, block: int = 0) -> Tensor:
-    """The sum of all rows of the causal attention, [B, Hkv, g, n] float32; `block` rows are held at a time, 0: as many
-    as have 2^25 weights."""
-    batch, tokens, kv_heads, _ = key.shape
+def received_mass(query: Tensor, key: Tensor, block: int = 0, backend: str = "auto") -> Tensor:
+    """The sum of all rows of the causal attention, [B, Hkv, g, n] float32; with torch `block` rows are held at a time,
+    0: as many as have 2^25 weights. backend: "torch", "triton" on CUDA but for float64, "auto": the latter where it can
+    be. Raises ValueError for another."""
+    batch, tokens, kv_heads, dim = key.shape
+    if choose_backend(backend, query) == "triton":
+        from .blocked_kernels import triton_log_sums, triton_received
+
+        states, scale = (query.transpose(1, 2), key.transpose(1, 2)), dim**-0.5
+        mass = triton_received(*states, triton_log_sums(*states, scale)[0], scale)
+        return mass.unflatten(1, (kv_heads, -1))
     block = block or max(_WEIGHTS // (batch * query.shape[2] * tokens), 1)
     mass = torch.zeros(batch, kv_heads, query.shape[2] // kv_heads, tokens, device=key.device)
     for start in range(0, tokens, block):

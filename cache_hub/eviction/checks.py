@@ -51,3 +51,15 @@ def check_temperature(temperature: float) -> None:
     """Raises ValueError unless 0 < temperature < infinity."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: got {temperature}, allowed: above 0 and finite")
+
+
+def choose_backend(name: str, tensor: Tensor) -> str:
+    """The backend of that name, or for "auto" triton where the tensor lies on CUDA and is not float64, else torch.
+    Raises ValueError for one that cannot be used there."""
+    fitting = ("triton", "torch") if tensor.is_cuda and tensor.dtype != torch.float64 else ("torch",)
+    if name == "auto":
+        return fitting[0]
+    if name not in fitting:
+        allowed = ", ".join(map(repr, ("auto", *fitting)))
+        raise ValueError(f"backend: got {name!r} for {tensor.dtype} on {tensor.device}, allowed there: {allowed}")
+    return name

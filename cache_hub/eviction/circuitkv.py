@@ -76,10 +76,10 @@ class CircuitKV(Scorer):
         if self.kind == "direct":
             return causal_rows(query, key, tokens - observed, tokens).sum(3)
         if self.kind == "rank_max":
-            by_query, by_hub = (self._visits(query, key, start, observed) for start in ("query", "uniform"))
+            by_query, by_hub = self._visits(query, key, ("query", "uniform"), observed).unbind(2)
             return rank_max_combination(by_query, by_hub, self.sinks).unflatten(1, (kv_heads, -1))
         start = _STARTS[self.kind.removeprefix("null_")]
-        visits = self._visits(query, key, start, observed)
+        visits = self._visits(query, key, (start,), observed).squeeze(2)
         if self.kind.startswith("null_"):
             null = null_model_visits(tokens, start, self.sinks, self.gamma, observed, visits.dtype, visits.device)
             if self.probability:
@@ -88,15 +88,15 @@ class CircuitKV(Scorer):
             visits = visits / null
         return visits.unflatten(1, (kv_heads, -1))
 
-    def _visits(self, query: Tensor, key: Tensor, start: str, observed: int) -> Tensor:
-        """[B, H, n] from the attention of query [B, n, H, D] and key [B, n, Hkv, D]."""
+    def _visits(self, query: Tensor, key: Tensor, starts: tuple[str, ...], observed: int) -> Tensor:
+        """[B, H, k, n] for k starts, from the attention of query [B, n, H, D] and key [B, n, Hkv, D]."""
         if self.rows == "window":
             tokens = key.shape[1]
             attention = causal_rows(query, key, tokens - observed, tokens).flatten(1, 2)
-            return surrogate_chain_scores(attention, start, self.sinks, self.gamma)
+            return torch.stack([surrogate_chain_scores(attention, s, self.sinks, self.gamma) for s in starts], 2)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         return blocked_chain_scores(
-            query, key, None, start, self.sinks, self.gamma, observed, self.temperature, probability=self.probability
+            query, key, None, starts, self.sinks, self.gamma, observed, self.temperature, probability=self.probability
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .chain import compute_transition_matrix
+from .checks import choose_backend
 from .importance import to_unit
 from .walk_reference import torch_walks
 from .walk_tables import WalkTables, start_rows, transition_tables
@@ -102,7 +103,7 @@ def count_visits(
 ) -> Tensor:
     """Visits [R * S, n] int64 by a backend; raises ValueError as simulate_walks does."""
     n = tables.starts.shape[1]
-    name = _choose_backend(backend, tables.starts.device)
+    name = choose_backend(backend, tables.starts)
     if num_steps is None:
         _check_leaves(tables)
     steps = _LONGEST * n if num_steps is None else num_steps
@@ -121,16 +122,6 @@ def count_visits(
                 " allowed there: a number"
             )
     return counts
-
-
-def _choose_backend(name: str, device: torch.device) -> str:
-    fitting = ("triton", "torch") if device.type == "cuda" else ("torch",)
-    if name == "auto":
-        return fitting[0]
-    if name not in fitting:
-        allowed = ", ".join(map(repr, ("auto", *fitting)))
-        raise ValueError(f"backend: got {name!r} for transitions on {device}, allowed there: {allowed}")
-    return name
 
 
 def _check_leaves(tables: WalkTables) -> None:

@@ -10,6 +10,18 @@ from attn_hub.kernels.hand_over import append_token_kernel, post_kernel
 from attn_hub.kernels.rotate import rotate_kernel
 from attn_hub.kernels.weighted_rows import attend_pair_kernel, attend_rows_kernel, merge_splits_kernel
 from cache_hub.cluster_kernels import nearest_centroid_kernel, sum_members_kernel
+from cache_hub.eviction.blocked_kernels import (
+    BLOCK,
+    LOG_SUMS,
+    LONG_LOG_SUMS,
+    LONG_SPREAD,
+    SPREAD,
+    SPREAD_TWO,
+    invert_kernel,
+    log_sums_kernel,
+    solve_kernel,
+    spread_kernel,
+)
 from cache_hub.eviction.walk_kernels import GROUP, walk_kernel
 from cache_hub.index.chunk_topk import chunk_maxima_kernel, chunk_scores_kernel, largest_kernel
 from cache_hub.index.co_occurrence_kernels import first_from_kernel, nearest_in_lists_kernel
@@ -120,6 +132,28 @@ def compile_pruned(capability: int, dim: int, group: int, run: int, clusters: in
     compile_kernel(unite_kernel, capability, unite_types, united | {"ring": None}, num_warps=4)
 
 
+def compile_chain(capability: int, dtype: str, dim: int, starts: int) -> None:
+    """The kernels of the blocked chain, with the tiles of a type and row."""
+    narrow = dtype == "*bf16"
+    given = dict.fromkeys(("query", "key"), dtype)
+    given |= dict.fromkeys(("total", "others", "shift", "inverse", "mass", "given", "taken"), "*fp32") | {
+        "scale": "fp32"
+    }
+    sizes = {"DIM": dim, "BLOCK_D": dim, "COMPUTE": tl.bfloat16 if narrow else tl.float32, "STARTS": starts}
+    sums, spread = (LOG_SUMS, SPREAD if starts == 1 else SPREAD_TWO) if narrow else (LONG_LOG_SUMS, LONG_SPREAD)
+    square = {"BLOCK": BLOCK, "num_warps": 4 if narrow else 8, "num_stages": 3}
+    for kernel, tiles in (
+        (log_sums_kernel, sums.options()),
+        (invert_kernel, square),
+        (solve_kernel, square),
+        (spread_kernel, spread.options() | {"CAUSAL": starts == 1}),
+    ):
+        types = {name: kind for name, kind in given.items() if name in kernel.arg_names}
+        constants = {name: value for name, value in (sizes | tiles).items() if name in kernel.arg_names}
+        options = {name: value for name, value in tiles.items() if name.startswith("num_")}
+        compile_kernel(kernel, capability, types, constants, **options)
+
+
 if __name__ == "__main__":
     compile_attend(80, "*bf16", 64, 128, {"lengths": "*i32"})
     compile_attend(90, "*bf16", 64, 80, {"ids": "*i32", "log_weights": "*fp32"})
@@ -176,6 +210,9 @@ if __name__ == "__main__":
         compile_kernel(first_from_kernel, capability, named | {"count": "i64"}, {"BLOCK": 256})
         pairs = {"keys": "*bf16", "node": "*i64", "candidate": "*i64", "scores": "*fp32"}
         compile_kernel(pair_scores_kernel, capability, pairs, {"BLOCK_P": 32, "BLOCK_D": 128})
+        compile_chain(capability, "*bf16", 128, 1)
+        compile_chain(capability, "*bf16", 64, 2)
+        compile_chain(capability, "*fp32", 128, 2)
         walks = {"cumulative": "*i32", "starts": "*i32", "absorbing": "*u8", "counts": "*i64"}
         for seed in ("i32", "i64"):
             sizes = {"GROUP": GROUP, "ROUNDS": 15}

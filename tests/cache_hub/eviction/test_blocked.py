@@ -4,9 +4,9 @@ import pytest
 import torch
 from chain_cases import dense_attention, overlap, queries_and_keys
 
-from cache_hub.eviction import blocked
+from cache_hub.eviction import blocked_reference
 from cache_hub.eviction.blocked import blocked_chain_scores, causal_log_sum_exp, self_transitions
-from cache_hub.eviction.chain import absorbing_chain_scores, compute_transition_matrix
+from cache_hub.eviction.chain import absorbing_chain_scores, compute_transition_matrix, visit_probabilities
 
 STARTS = ("query", "uniform", "window")
 SHAPES = [(2, 2, 64, 5), (6, 2, 64, 63), (4, 1, 128, 127), (3, 3, 128, 63)]
@@ -17,41 +17,46 @@ DEVICES = ["cpu", pytest.param("cuda", marks=(pytest.mark.gpu, NEEDS_GPU))]
 @pytest.fixture(params=[1 << 24, 700], ids=["long-tiles", "short-tiles"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of keys that hold a row of blocks, and such that cut it at odd places."""
-    monkeypatch.setattr(blocked, "_TILE", request.param)
+    monkeypatch.setattr(blocked_reference, "_TILE", request.param)
 
 
-@pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("block", [1, 7, 16, 256])
+@pytest.fixture(params=[1, 7, 16, 256])
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows solved together; hardly any of the lengths is a multiple."""
+    monkeypatch.setattr(blocked_reference, "_BLOCK", request.param)
+
+
+@pytest.mark.usefixtures("tiles", "block")
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "n"), SHAPES)
-def test_blocked_is_dense(heads: int, kv_heads: int, head_dim: int, n: int, block: int) -> None:
+def test_blocked_is_dense(heads: int, kv_heads: int, head_dim: int, n: int) -> None:
     query, key = (part.expand(2, -1, -1, -1).clone() for part in queries_and_keys(n, heads, kv_heads, head_dim, 3.0))
     query[1] = query[1].flip(1)
     attention = dense_attention(query, key)
-    lse = causal_log_sum_exp(query, key, block)
+    lse = causal_log_sum_exp(query, key)
     window = min(9, n - 4)
     for start in (*STARTS, torch.rand(2, heads, n, generator=torch.Generator().manual_seed(0)).double()):
         for gamma in (1.0, 0.7):
             expected = absorbing_chain_scores(attention, start, 4, 1.0, gamma, window)
-            found = blocked_chain_scores(query, key, lse, start, 4, gamma, window, block=block)
+            found = blocked_chain_scores(query, key, lse, start, 4, gamma, window)
             torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-15)
 
 
-@pytest.mark.usefixtures("tiles")
+@pytest.mark.usefixtures("tiles", "block")
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
 def test_temperature_has_a_normaliser_of_its_own(temperature: float) -> None:
     query, key = queries_and_keys(63, 6, 2)
     expected = absorbing_chain_scores(dense_attention(query, key), "uniform", 4, temperature)
-    lse = causal_log_sum_exp(query, key, 16)
+    lse = causal_log_sum_exp(query, key)
     for given in (lse, None):
-        found = blocked_chain_scores(query, key, given, "uniform", temperature=temperature, block=16)
+        found = blocked_chain_scores(query, key, given, "uniform", temperature=temperature)
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-15)
-    hot = causal_log_sum_exp(query, key, 16, temperature)
+    hot = causal_log_sum_exp(query, key, temperature)
     matrix = compute_transition_matrix(dense_attention(query, key), temperature)
     diagonal = self_transitions(query, key, hot, temperature)
     torch.testing.assert_close(diagonal, matrix.diagonal(dim1=2, dim2=3), rtol=1e-12, atol=0)
 
 
-@pytest.mark.usefixtures("tiles")
+@pytest.mark.usefixtures("tiles", "block")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "n"), SHAPES)
 def test_log_sum_exp(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, n: int) -> None:
@@ -59,10 +64,28 @@ def test_log_sum_exp(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: in
     repeated = key.double().repeat_interleave(heads // kv_heads, 1)
     logits = query.double() @ repeated.mT / head_dim**0.5
     expected = logits.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).logsumexp(-1)
-    for block in (7, 256):
-        found = causal_log_sum_exp(query, key, block)
-        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    found = causal_log_sum_exp(query, key)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("probability", [False, True])
+def test_several_starts_share_a_pass(probability: bool) -> None:
+    query, key = queries_and_keys(63, 6, 2)
+    given = {"window": 9, "gamma": 0.9, "probability": probability}
+    both = blocked_chain_scores(query, key, start=("query", "uniform", "window"), **given)
+    assert both.shape == (1, 6, 3, 63)
+    for at, start in enumerate(("query", "uniform", "window")):
+        torch.testing.assert_close(both[:, :, at], blocked_chain_scores(query, key, start=start, **given))
+
+
+def test_probabilities_are_visits_without_the_loops() -> None:
+    query, key = queries_and_keys(63, 6, 2)
+    loops = self_transitions(query, key, causal_log_sum_exp(query, key))
+    for gamma in (1.0, 0.8):
+        visits = blocked_chain_scores(query, key, start="uniform", gamma=gamma)
+        found = blocked_chain_scores(query, key, start="uniform", gamma=gamma, probability=True)
+        torch.testing.assert_close(found, visit_probabilities(visits, loops, 4, gamma), rtol=1e-11, atol=1e-15)
 
 
 def test_scale_and_strided_inputs() -> None:
@@ -70,10 +93,11 @@ def test_scale_and_strided_inputs() -> None:
     query, key = queries_and_keys(63, 4, 2)
     laid_out = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in (query, key)]
     expected = absorbing_chain_scores(dense_attention(query * 8 * 0.2, key), "uniform")
-    found = blocked_chain_scores(laid_out[0], laid_out[1], start="uniform", block=20, scale=0.2)
+    found = blocked_chain_scores(laid_out[0], laid_out[1], start="uniform", scale=0.2)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-15)
 
 
+@pytest.mark.usefixtures("block")
 def test_later_queries_and_keys_change_nothing() -> None:
     n, last = 63, 40
     query, key = queries_and_keys(n, 6, 2, seed=1)
@@ -81,9 +105,9 @@ def test_later_queries_and_keys_change_nothing() -> None:
     other_query[:, :, : last + 1], other_key[:, :, : last + 1] = query[:, :, : last + 1], key[:, :, : last + 1]
     mass = torch.zeros(n, dtype=torch.float64)
     mass[last] = 1
-    found = blocked_chain_scores(query, key, start=mass, block=16)
-    torch.testing.assert_close(blocked_chain_scores(other_query, other_key, start=mass, block=16), found)
-    alone = blocked_chain_scores(query[:, :, : last + 1], key[:, :, : last + 1], block=16)
+    found = blocked_chain_scores(query, key, start=mass)
+    torch.testing.assert_close(blocked_chain_scores(other_query, other_key, start=mass), found)
+    alone = blocked_chain_scores(query[:, :, : last + 1], key[:, :, : last + 1])
     torch.testing.assert_close(found[..., : last + 1], alone, rtol=1e-12, atol=0)
     assert bool((found[..., last + 1 :] == 0).all())
 
@@ -133,7 +157,7 @@ def test_tokens_that_attend_to_hardly_anything_else(excess: float, device: str) 
     query, key = (part.float() for part in (query, key))
     for start in ("query", "uniform"):
         expected = absorbing_chain_scores(dense_attention(query.double(), key.double()), start)
-        found = blocked_chain_scores(query.to(device), key.to(device), start=start, block=16).cpu()
+        found = blocked_chain_scores(query.to(device), key.to(device), start=start).cpu()
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
 
 
@@ -145,8 +169,8 @@ def test_a_singular_chain_names_its_token(dtype: torch.dtype, device: str) -> No
     query[0, 4, 30, 1] = key[0, 1, 30, 1] = 300
     query, key = query.to(device, dtype), key.to(device, dtype)
     with pytest.raises(ValueError, match=r"token 30 is absorbing: Q\[30,30\] = 1 \(batch 0, head 4\)"):
-        blocked_chain_scores(query, key, block=16)
-    assert bool(blocked_chain_scores(query, key, gamma=0.9, block=16).isfinite().all())
+        blocked_chain_scores(query, key)
+    assert bool(blocked_chain_scores(query, key, gamma=0.9).isfinite().all())
 
 
 @pytest.mark.parametrize("token", range(20, 32))
@@ -171,7 +195,7 @@ def test_bad_input_is_told() -> None:
         ({"key": key.repeat(1, 2, 1, 1)}, "a divisor of 6"),
         ({"key": key.float()}, "dtypes: got query torch.float64, key torch.float32"),
         ({"lse": torch.zeros(1, 6, 19)}, r"lse: got shape \[1, 6, 19\]"),
-        ({"block": 0}, "block: got 0"),
+        ({"backend": "triton"}, "backend: got 'triton' for torch.float64 on cpu, allowed there: 'auto', 'torch'"),
         ({"gamma": 2.0}, "gamma: got 2.0"),
         ({"temperature": -1.0}, "temperature: got -1.0"),
         ({"sink_size": 20}, "sink_size: got 20, allowed: 1 to 19"),
