@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -38,6 +39,7 @@ class EvictionCache(StagedCache):
     def __init__(self, *, scorer: Scorer, budget: int, budget_share: float, **common: Any) -> None:
         super().__init__(**common)
         self.scorer, self.budget, self.budget_share = scorer, budget, budget_share
+        self.make_scores: Callable[[Tensor, Tensor], Tensor] = scorer.score
         prompts = [self.max_length - self.max_new_length - start for start in self.valid_start]
         # [B, Hkv, rows, D]; of what evicts while decoding, the tokens' places and attention so far [B, Hkv, rows].
         self._keys: list[Tensor] = []
@@ -109,7 +111,7 @@ class EvictionCache(StagedCache):
         with self.stats.timed("build"):
             if kept < tokens or self.scorer.sums_attention:
                 with self.stats.timed("score"):
-                    scores = self.scorer.score(q, k)
+                    scores = self.make_scores(q, k)
             if kept < tokens:
                 with self.stats.timed("select"):
                     positions = select_top_k_tokens(scores, kept, self.scorer.sinks, self.scorer.window)

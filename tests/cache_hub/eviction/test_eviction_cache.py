@@ -8,6 +8,7 @@ import torch
 from cache_run import LAYERS, Run, relative_error
 
 from cache_hub import STRATEGIES, EvictionCache, make_cache
+from cache_hub.eviction.shared_scores import share_scores
 from cache_hub.memory import RunShape
 from config import EVICTING, ConfigError, RetroInferConfig, with_estimation
 
@@ -203,3 +204,37 @@ def test_a_layer_makes_room_for_a_prompt_shorter_than_expected() -> None:
     assert cache._keys[1].shape[2] < 25
     run.prefill(cache)
     assert relative_error(run.decode(cache), run.full_attention()) < 1e-5
+
+
+def test_equal_scorers_score_a_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches that one prefill fills, layer by layer: the tokens that each keeps are those that it keeps alone."""
+    run, budgets = Run([63, 90]), (20, 30, 20)
+    scored: dict[str, int] = {}
+    for name in ("snapkv", "h2o"):
+        scorer = type(made(name, run).scorer)
+        monkeypatch.setattr(scorer, "score", counting(scorer.score, name, scored))
+    alone = [made(name, run, budget=budget) for name in ("snapkv", "h2o") for budget in budgets]
+    for cache in alone:
+        run.prefill(cache)
+    assert scored == {name: len(budgets) * LAYERS * 2 for name in ("snapkv", "h2o")}
+    scored.clear()
+    together = [made(name, run, budget=budget) for name in ("snapkv", "h2o") for budget in budgets]
+    share_scores(together)
+    prompt = max(run.lengths)
+    for b in range(2):
+        for layer in range(LAYERS):
+            for cache in together:
+                states = (part[layer, b : b + 1, :prompt] for part in (run.q, run.k, run.v))
+                cache.prefill_update_kv_cache(*states, layer, b)
+    assert scored == {"snapkv": LAYERS * 2, "h2o": LAYERS * 2}
+    for one, other in zip(alone, together, strict=True):
+        for layer, b, head in np.ndindex(LAYERS, 2, run.kv_heads):
+            assert places(one, run, layer, b, head) == places(other, run, layer, b, head)
+
+
+def counting(score: Any, name: str, scored: dict[str, int]) -> Any:
+    def counted(self: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        scored[name] = scored.get(name, 0) + 1
+        return score(self, query, key)
+
+    return counted
