@@ -38,7 +38,7 @@ def received_mass(query: Tensor, key: Tensor, block: int = 0, backend: str = "au
 
         states, scale = (query.transpose(1, 2), key.transpose(1, 2)), dim**-0.5
         mass = triton_received(*states, triton_log_sums(*states, scale)[0], scale)
-        return mass.unflatten(1, (kv_heads, -1))
+        return mass.squeeze(2).unflatten(1, (kv_heads, -1))
     block = block or max(_WEIGHTS // (batch * query.shape[2] * tokens), 1)
     mass = torch.zeros(batch, kv_heads, query.shape[2] // kv_heads, tokens, device=key.device)
     for start in range(0, tokens, block):

@@ -1,8 +1,9 @@
-"""Triton kernels of the blocked chain: sums of causal rows, and the walks of all heads from the last rows to the first.
+"""Triton kernels of the blocked chain: sums of causal rows, and the walks of all heads in one launch.
 
-A column of attention belongs to one program, so that nothing is added by two. Rows are taken in strips, the last one
-first: one launch solves a strip for every head (a program each, with inverses of its blocks that an earlier launch made
-for all of them at once), the next spreads what was solved over all columns before it.
+A block of columns belongs to one program, so that nothing is added by two. It takes what the rows behind it send, while
+these are being solved by other programs, and solves its own with the inverse of its block on the diagonal, which an
+earlier launch made for all blocks at once. Programs draw tickets, and blocks go by tickets from the last to the first:
+a program waits for programs alone that began before it, however many of them run at a time.
 """
 
 from __future__ import annotations
@@ -14,13 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows that one launch solves and the next spreads; rows and columns of the blocks that are inverted.
-STRIP, BLOCK = 512, 64
 _LOG2_E = 1.4426950408889634
 
 
 class Tile(NamedTuple):
-    """Rows and columns of a program, and how it is compiled."""
+    """Rows and columns of attention that a program holds at a time, and how it is compiled."""
 
     rows: int
     columns: int
@@ -31,23 +30,21 @@ class Tile(NamedTuple):
         return {"BLOCK_M": self.rows, "BLOCK_N": self.columns, "num_warps": self.warps, "num_stages": self.stages}
 
 
-LOG_SUMS, SPREAD, SPREAD_TWO = Tile(128, 128, 8), Tile(64, 128, 8), Tile(64, 64, 4)
+LOG_SUMS, SPREAD, SPREAD_TWO = Tile(128, 128, 8, 2), Tile(64, 128, 8), Tile(32, 128, 8)
 # Of rows too long for those, such as all of float32.
-LONG_LOG_SUMS, LONG_SPREAD = Tile(64, 32, 8), Tile(32, 32, 4)
+LONG_LOG_SUMS, LONG_SPREAD = Tile(64, 32, 8), Tile(32, 64, 8)
 
 
-def triton_log_sums(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`torch_log_sums` by a kernel: log-sum-exp [B, H, n] float32 of every causal row, and that of the row without its
-    own token, -inf for token 0. query [B, H, n, D], key [B, Hkv, n, D], rows of D contiguous."""
+def triton_log_sums(query: Tensor, key: Tensor, scale: float, first: int = 0) -> tuple[Tensor, Tensor]:
+    """`torch_log_sums` by a kernel: log-sum-exp [B, H, n - first] float32 of the causal rows from `first` on, and that
+    of the row without its own token, -inf for token 0. query [B, H, n, D], key [B, Hkv, n, D], rows of D contiguous."""
     batch, heads, n, _ = query.shape
-    total, others = (torch.empty(batch, heads, n, device=query.device) for _ in range(2))
+    total, others = (torch.empty(batch, heads, n - first, device=query.device) for _ in range(2))
     tile = LOG_SUMS if _narrow(query) else LONG_LOG_SUMS
     with torch.cuda.device_of(query):
-        log_sums_kernel[(triton.cdiv(n, tile.rows), batch * heads)](
-            query, key, total, others, *query.stride()[:3], *key.stride()[:3],
-            scale * _LOG2_E, n, heads, heads // key.shape[1],
-            **_sizes(query), **tile.options(),
-        )  # fmt: skip
+        log_sums_kernel[(triton.cdiv(n - first, tile.rows), batch * heads)](
+            query, key, total, others, first, *_where(query, key, scale), **_sizes(query), **tile.options()
+        )
     return total, others
 
 
@@ -55,7 +52,8 @@ def triton_solve(query: Tensor, key: Tensor, shift: Tensor, mass: Tensor, scale:
     """`torch_solve` by kernels: mass [B, H, k, n] float32, contiguous, becomes y = mass + y M with
     M_ij = exp(scale <q_i, k_j> - shift_i) for j < i and i >= sink_size, shift [B, H, n] float32, infinite for sinks.
 
-    Two masses share a pass. Beside them 4 * BLOCK bytes a token and head are taken, for the inverses.
+    Two masses share a pass. Beside them 4 * columns bytes a token and head are taken for the inverses: 512, or 256
+    where rows of queries are longer than 256 bytes.
     """
     batch, heads, starts, n = mass.shape
     if starts > 2:
@@ -64,61 +62,58 @@ def triton_solve(query: Tensor, key: Tensor, shift: Tensor, mass: Tensor, scale:
             triton_solve(query, key, shift, solved, scale, sink_size)
             pair.copy_(solved)
         return
-    blocks = triton.cdiv(n, BLOCK)
-    inverse = torch.empty(batch, heads, blocks, BLOCK, BLOCK, device=query.device)
+    tile = _spread_tile(query, starts)
+    units, blocks = batch * heads, triton.cdiv(n, tile.columns)
+    inverse = torch.empty(units, blocks, tile.columns, tile.columns, device=query.device)
     shift = shift.contiguous()
-    where = (*query.stride()[:3], *key.stride()[:3], scale * _LOG2_E, sink_size, n, heads, heads // key.shape[1])
-    sizes, warps = _sizes(query) | {"BLOCK": BLOCK}, 4 if _narrow(query) else 8
+    # How many blocks of each head are solved, and the tickets drawn.
+    progress = torch.zeros(units + 1, dtype=torch.int32, device=query.device)
+    where, sizes = _where(query, key, scale), _sizes(query)
     with torch.cuda.device_of(query):
-        invert_kernel[(blocks, batch * heads)](query, key, shift, inverse, *where, **sizes, num_warps=warps)
-        for low in range((n - 1) // STRIP * STRIP, -1, -STRIP):
-            high = min(low + STRIP, n)
-            if high <= sink_size:
-                break
-            solve_kernel[(batch * heads,)](
-                query,
-                key,
-                shift,
-                inverse,
-                mass,
-                low,
-                high,
-                *where,
-                STARTS=starts,
-                **sizes,
-                num_warps=warps,
-                num_stages=3,
-            )
-            if low:
-                _spread(query, key, shift, mass, mass, low, high, low, where, starts)
+        invert_kernel[(blocks, units)](
+            query, key, shift, inverse, sink_size, *where,
+            **sizes, HALF=tile.columns // 2, num_warps=8,
+        )  # fmt: skip
+        chain_kernel[(blocks * units,)](
+            query, key, shift, inverse, mass, progress, sink_size, units, *where,
+            **sizes, STARTS=starts, **tile.options(),
+        )  # fmt: skip
 
 
-def triton_received(query: Tensor, key: Tensor, total: Tensor, scale: float) -> Tensor:
-    """Sums [B, H, n] float32 over all rows of the causal attention whose log-sum-exp is total [B, H, n] float32."""
+def triton_received(
+    query: Tensor, key: Tensor, total: Tensor, scale: float, given: Tensor | None = None, columns: int | None = None
+) -> Tensor:
+    """What tokens receive by causal attention from the last rows, [B, H, k, columns] float32, all columns by default.
+
+    total [B, H, W] float32: log-sum-exp of the last W rows; given [B, H, k, W], k 1 or 2: what each row gives, 1 unless
+    stated. query [B, H, n, D], key [B, Hkv, n, D].
+    """
     batch, heads, n, _ = query.shape
-    given = torch.ones(batch, heads, 1, n, device=query.device)
-    received = torch.zeros_like(given)
-    where = (*query.stride()[:3], *key.stride()[:3], scale * _LOG2_E, 0, n, heads, heads // key.shape[1])
+    columns = n if columns is None else columns
+    given = torch.ones_like(total).unsqueeze(2) if given is None else given.float().contiguous()
+    starts = given.shape[2]
+    received = torch.empty(batch, heads, starts, columns, device=query.device)
+    tile = _spread_tile(query, starts)
     with torch.cuda.device_of(query):
-        _spread(query, key, total.contiguous(), given, received, 0, n, n, where, 1)
-    return received.squeeze(2)
+        received_kernel[(triton.cdiv(columns, tile.columns), batch * heads)](
+            query, key, total.float().contiguous(), given, received, n - total.shape[2], columns,
+            *_where(query, key, scale), **_sizes(query), STARTS=starts, **tile.options(),
+        )  # fmt: skip
+    return received
 
 
-def _spread(
-    query: Tensor, key: Tensor, shift: Tensor, given: Tensor, taken: Tensor,
-    low: int, high: int, columns: int, where: tuple[float, ...], starts: int,
-) -> None:  # fmt: skip
-    """Adds to columns 0 to `columns` of taken what rows low to high of given [B, H, k, n] send there."""
-    tile = LONG_SPREAD if not _narrow(query) else SPREAD if starts == 1 else SPREAD_TWO
-    spread_kernel[(triton.cdiv(columns, tile.columns), query.shape[0] * query.shape[1])](
-        query, key, shift, given, taken, low, high, columns, *where,
-        STARTS=starts, CAUSAL=columns > low, **_sizes(query), **tile.options(),
-    )  # fmt: skip
+def _where(query: Tensor, key: Tensor, scale: float) -> tuple[float, ...]:
+    heads = query.shape[1]
+    return *query.stride()[:3], *key.stride()[:3], scale * _LOG2_E, query.shape[2], heads, heads // key.shape[1]
 
 
 def _narrow(query: Tensor) -> bool:
     """Whether rows are so short that large tiles of them fit."""
     return query.shape[3] * query.element_size() <= 256
+
+
+def _spread_tile(query: Tensor, starts: int) -> Tile:
+    return LONG_SPREAD if not _narrow(query) else SPREAD if starts == 1 else SPREAD_TWO
 
 
 def _sizes(query: Tensor) -> dict[str, Any]:
@@ -129,44 +124,51 @@ def _sizes(query: Tensor) -> dict[str, Any]:
     return {"DIM": dim, "BLOCK_D": max(triton.next_power_of_2(dim), 16), "COMPUTE": compute}
 
 
-_COUNTS = ["n", "heads", "group", "low", "high", "columns", "sinks"]
+_COUNTS = ["n", "heads", "group", "first", "columns", "sinks", "units"]
 
 
 @triton.jit
 def _rows(  # type: ignore[no-untyped-def]
-    base, stride, first, limit, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr
+    base, stride, first, limit, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
+    WHOLE: tl.constexpr = False,
 ):  # fmt: skip
-    """[ROWS, BLOCK_D] of rows first to first + ROWS behind `base`; zeros from row `limit` and column DIM on."""
+    """[ROWS, BLOCK_D] of rows first to first + ROWS behind `base`; zeros from row `limit` and column DIM on. WHOLE: all
+    rows lie before the limit."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     pointers = base + tl.cast(first, tl.int64) * stride + row[:, None] * stride + column[None, :]
+    if WHOLE and DIM == BLOCK_D:
+        return tl.load(pointers).to(COMPUTE)
+    if DIM == BLOCK_D:
+        return tl.load(pointers, mask=(first + row < limit)[:, None], other=0.0).to(COMPUTE)
     return tl.load(pointers, mask=(first + row < limit)[:, None] & (column < DIM)[None, :], other=0.0).to(COMPUTE)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def log_sums_kernel(  # type: ignore[no-untyped-def]
-    query, key, total, others,
+    query, key, total, others, first,
     query_batch, query_head, query_row, key_batch, key_head, key_row, scale, n, heads, group,
-    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows of one head, against all keys before them. The last rows come first, being longest."""
-    tl.static_assert(BLOCK_M % BLOCK_N == 0)
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    begin = first + (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     unit = tl.program_id(1).to(tl.int64)
     queries = query + unit // heads * query_batch + unit % heads * query_head
     keys = key + unit // heads * key_batch + unit % heads // group * key_head
-    rows = first + tl.arange(0, BLOCK_M)
-    asked = _rows(queries, query_row, first, n, DIM, BLOCK_M, BLOCK_D, COMPUTE)
+    rows = begin + tl.arange(0, BLOCK_M)
+    asked = _rows(queries, query_row, begin, n, DIM, BLOCK_M, BLOCK_D, COMPUTE)
     highest = tl.full([BLOCK_M], -1e30, tl.float32)
     summed = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, first, BLOCK_N):
-        seen = _rows(keys, key_row, start, first, DIM, BLOCK_N, BLOCK_D, COMPUTE)
+    # Tiles that lie before all of the rows, then those that do not.
+    whole = begin // BLOCK_N * BLOCK_N
+    for start in range(0, whole, BLOCK_N):
+        seen = _rows(keys, key_row, start, n, DIM, BLOCK_N, BLOCK_D, COMPUTE, True)
         logits = tl.dot(asked, tl.trans(seen), input_precision="ieee") * scale
         higher = tl.maximum(highest, tl.max(logits, 1))
         summed = summed * tl.exp2(highest - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
         highest = higher
     own = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(first, tl.minimum(first + BLOCK_M, n), BLOCK_N):
+    for start in range(whole, tl.minimum(begin + BLOCK_M, n), BLOCK_N):
         seen = _rows(keys, key_row, start, n, DIM, BLOCK_N, BLOCK_D, COMPUTE)
         logits = tl.dot(asked, tl.trans(seen), input_precision="ieee") * scale
         apart = rows[:, None] - start - tl.arange(0, BLOCK_N)[None, :]
@@ -178,119 +180,188 @@ def log_sums_kernel(  # type: ignore[no-untyped-def]
     without = highest + tl.log2(summed)
     top = tl.maximum(without, own)
     both = top + tl.log2(tl.exp2(without - top) + tl.exp2(own - top))
-    place = unit * n + rows
+    place = unit * (n - first) + rows - first
     tl.store(others + place, without * 0.6931471805599453, mask=rows < n)
     tl.store(total + place, both * 0.6931471805599453, mask=rows < n)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
-def invert_kernel(  # type: ignore[no-untyped-def]
-    query, key, shift, inverse,
-    query_batch, query_head, query_row, key_batch, key_head, key_row, scale, sinks, n, heads, group,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+@triton.jit
+def _transitions(  # type: ignore[no-untyped-def]
+    queries, query_row, keys, key_row, shifts, row, column, n, sinks, scale,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One program: (I - M)^-1 of one block on the diagonal of one head.
-
-    M is strictly lower triangular, so that the inverse is the product of I + M^(2^p) for 2^p below BLOCK, sums of
-    positive numbers only.
-    """
-    first = tl.program_id(0) * BLOCK
-    unit = tl.program_id(1).to(tl.int64)
-    queries = query + unit // heads * query_batch + unit % heads * query_head
-    keys = key + unit // heads * key_batch + unit % heads // group * key_head
-    at = tl.arange(0, BLOCK)
-    rows = first + at
-    asked = _rows(queries, query_row, first, n, DIM, BLOCK, BLOCK_D, COMPUTE)
-    seen = _rows(keys, key_row, first, n, DIM, BLOCK, BLOCK_D, COMPUTE)
-    shifts = tl.load(shift + unit * n + rows, mask=rows < n, other=0.0) * 1.4426950408889634
+    """M [SIZE, SIZE] of rows row to row + SIZE and columns column to column + SIZE, 0 where it is not below the
+    diagonal, in rows of sinks and behind the last row."""
+    rows = row + tl.arange(0, SIZE)
+    columns = column + tl.arange(0, SIZE)
+    asked = _rows(queries, query_row, row, n, DIM, SIZE, BLOCK_D, COMPUTE)
+    seen = _rows(keys, key_row, column, n, DIM, SIZE, BLOCK_D, COMPUTE)
+    shift = tl.load(shifts + rows, mask=rows < n, other=0.0) * 1.4426950408889634
     logits = tl.dot(asked, tl.trans(seen), input_precision="ieee") * scale
     sends = (rows >= sinks) & (rows < n)
-    power = tl.where((at[:, None] > at[None, :]) & sends[:, None], tl.exp2(logits - shifts[:, None]), 0.0)
+    return tl.where((rows[:, None] > columns[None, :]) & sends[:, None], tl.exp2(logits - shift[:, None]), 0.0)
+
+
+@triton.jit
+def _inverse(power, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(I - M)^-1 [SIZE, SIZE] of a strictly lower triangular M: the product of I + M^(2^p) for 2^p below SIZE, sums of
+    positive numbers only."""
+    at = tl.arange(0, SIZE)
     found = power + tl.where(at[:, None] == at[None, :], 1.0, 0.0)
     width = 2
-    while width < BLOCK:
+    while width < SIZE:
         power = tl.dot(power, power, input_precision="tf32x3")
         found += tl.dot(found, power, input_precision="tf32x3")
         width *= 2
-    place = (unit * tl.num_programs(0) + tl.program_id(0)) * BLOCK * BLOCK
-    tl.store(inverse + place + at[:, None] * BLOCK + at[None, :], found)
+    return found
 
 
 @triton.jit(do_not_specialize=_COUNTS)
-def solve_kernel(  # type: ignore[no-untyped-def]
-    query, key, shift, inverse, mass, low, high,
-    query_batch, query_head, query_row, key_batch, key_head, key_row, scale, sinks, n, heads, group,
-    STARTS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+def invert_kernel(  # type: ignore[no-untyped-def]
+    query, key, shift, inverse, sinks,
+    query_batch, query_head, query_row, key_batch, key_head, key_row, scale, n, heads, group,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One program: the rows low to high of one head, block by block from the last; in place in mass."""
-    unit = tl.program_id(0).to(tl.int64)
+    """One program: (I - M)^-1 of one block on the diagonal of one head, of its halves and from these."""
+    upper = tl.program_id(0) * 2 * HALF
+    lower = upper + HALF
+    unit = tl.program_id(1).to(tl.int64)
     queries = query + unit // heads * query_batch + unit % heads * query_head
     keys = key + unit // heads * key_batch + unit % heads // group * key_head
-    at = tl.arange(0, BLOCK)
-    line = mass + unit * STARTS * n
-    inverses = inverse + unit * tl.cdiv(n, BLOCK) * BLOCK * BLOCK
-    for back in range(0, tl.cdiv(high - low, BLOCK)):
-        first = low + (tl.cdiv(high - low, BLOCK) - 1 - back) * BLOCK
-        columns = first + at
-        seen = _rows(keys, key_row, first, n, DIM, BLOCK, BLOCK_D, COMPUTE)
-        one = tl.load(line + columns, mask=columns < n, other=0.0)
-        two = one
+    shifts = shift + unit * n
+    at = tl.arange(0, HALF)
+    place = inverse + (unit * tl.num_programs(0) + tl.program_id(0)) * 4 * HALF * HALF
+    place += at[:, None] * 2 * HALF + at[None, :]
+    early = _inverse(
+        _transitions(queries, query_row, keys, key_row, shifts, upper, upper, n, sinks, scale,
+                     DIM, BLOCK_D, COMPUTE, HALF), HALF)  # fmt: skip
+    tl.store(place, early)
+    tl.store(place + HALF, tl.zeros([HALF, HALF], tl.float32))
+    late = _inverse(
+        _transitions(queries, query_row, keys, key_row, shifts, lower, lower, n, sinks, scale,
+                     DIM, BLOCK_D, COMPUTE, HALF), HALF)  # fmt: skip
+    tl.store(place + 2 * HALF * HALF + HALF, late)
+    across = _transitions(
+        queries, query_row, keys, key_row, shifts, lower, upper, n, sinks, scale, DIM, BLOCK_D, COMPUTE, HALF
+    )
+    both = tl.dot(tl.dot(late, across, input_precision="tf32x3"), early, input_precision="tf32x3")
+    tl.store(place + 2 * HALF * HALF, both)
+
+
+@triton.jit
+def _taken(  # type: ignore[no-untyped-def]
+    one, two, seen, columns, queries, query_row, shifts, given, length, begin, end, sinks, scale, n,
+    CAUSAL: tl.constexpr, STARTS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """one and two [columns, BLOCK_M] with what rows begin to end give the columns: given and given + length times their
+    attention. What a tile of rows gives is loaded while the one before it is multiplied, and from the cache that all
+    programs share, since others may have written it."""
+    lane = tl.arange(0, BLOCK_M)
+    rows = begin + lane
+    sends = (rows >= sinks) & (rows < end)
+    next_shift = tl.load(shifts + rows, mask=sends, other=0.0)
+    next_one = tl.load(given + rows, mask=sends, other=0.0, cache_modifier=".cg")
+    next_two = next_one
+    if STARTS == 2:
+        next_two = tl.load(given + length + rows, mask=sends, other=0.0, cache_modifier=".cg")
+    for start in range(begin, end, BLOCK_M):
+        shift = next_shift * 1.4426950408889634
+        gives_one = next_one
+        gives_two = next_two
+        asked = _rows(queries, query_row, start, n, DIM, BLOCK_M, BLOCK_D, COMPUTE)
+        rows = start + BLOCK_M + lane
+        sends = (rows >= sinks) & (rows < end)
+        next_shift = tl.load(shifts + rows, mask=sends, other=0.0)
+        next_one = tl.load(given + rows, mask=sends, other=0.0, cache_modifier=".cg")
         if STARTS == 2:
-            two = tl.load(line + n + columns, mask=columns < n, other=0.0)
-        for start in range(first + BLOCK, high, BLOCK):
-            rows = start + at
-            sends = (rows >= sinks) & (rows < n)
-            asked = _rows(queries, query_row, start, n, DIM, BLOCK, BLOCK_D, COMPUTE)
-            shifts = tl.load(shift + unit * n + rows, mask=rows < n, other=0.0) * 1.4426950408889634
-            weights = tl.exp2(tl.dot(asked, tl.trans(seen), input_precision="ieee") * scale - shifts[:, None])
-            sent = tl.load(line + rows, mask=sends, other=0.0)
-            one += tl.sum(sent[:, None] * weights, 0)
-            if STARTS == 2:
-                sent = tl.load(line + n + rows, mask=sends, other=0.0)
-                two += tl.sum(sent[:, None] * weights, 0)
-        solved = tl.load(inverses + first * BLOCK + at[:, None] * BLOCK + at[None, :])
-        tl.store(line + columns, tl.sum(one[:, None] * solved, 0), mask=columns < n)
+            next_two = tl.load(given + length + rows, mask=sends, other=0.0, cache_modifier=".cg")
+        weights = tl.exp2(tl.dot(seen, tl.trans(asked), input_precision="ieee") * scale - shift[None, :])
+        if CAUSAL:
+            weights = tl.where(columns[:, None] <= (start + lane)[None, :], weights, 0.0)
+        one += weights * gives_one[None, :]
         if STARTS == 2:
-            tl.store(line + n + columns, tl.sum(two[:, None] * solved, 0), mask=columns < n)
-        # The next block reads what this one's threads wrote.
-        tl.debug_barrier()
+            two += weights * gives_two[None, :]
+    return one, two
 
 
 @triton.jit(do_not_specialize=_COUNTS)
-def spread_kernel(  # type: ignore[no-untyped-def]
-    query, key, shift, given, taken, low, high, columns,
-    query_batch, query_head, query_row, key_batch, key_head, key_row, scale, sinks, n, heads, group,
-    STARTS: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr,
+def chain_kernel(  # type: ignore[no-untyped-def]
+    query, key, shift, inverse, mass, progress, sinks, units,
+    query_batch, query_head, query_row, key_batch, key_head, key_row, scale, n, heads, group,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr, STARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: what rows low to high of one head send to BLOCK_N of the columns before `columns`. CAUSAL: some of
-    these columns lie behind some of the rows."""
+    """One program: BLOCK_N columns of one head, in place in mass, from all rows behind them."""
+    tl.static_assert(BLOCK_N % BLOCK_M == 0)
+    ticket = tl.atomic_add(progress + units, 1)
+    blocks = tl.cdiv(n, BLOCK_N)
+    block = blocks - 1 - ticket // units
+    head = ticket % units
+    unit = head.to(tl.int64)
+    queries = query + unit // heads * query_batch + unit % heads * query_head
+    keys = key + unit // heads * key_batch + unit % heads // group * key_head
+    shifts = shift + unit * n
+    line = mass + unit * STARTS * n
+    first = block * BLOCK_N
+    at = tl.arange(0, BLOCK_N)
+    columns = first + at
+    seen = _rows(keys, key_row, first, n, DIM, BLOCK_N, BLOCK_D, COMPUTE)
+    one = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    two = one
+    # Rows from here on are taken.
+    end = blocks * BLOCK_N
+    while end > first + BLOCK_N:
+        solved = tl.atomic_add(progress + head, 0)
+        begin = (blocks - solved) * BLOCK_N
+        one, two = _taken(
+            one, two, seen, columns, queries, query_row, shifts, line, n, begin, tl.minimum(end, n), sinks, scale, n,
+            False, STARTS, DIM, BLOCK_D, COMPUTE, BLOCK_M,
+        )  # fmt: skip
+        end = begin
+    here = columns < n
+    inverted = tl.load(inverse + (unit * blocks + block) * BLOCK_N * BLOCK_N + at[:, None] * BLOCK_N + at[None, :])
+    entering = tl.load(line + columns, mask=here, other=0.0) + tl.sum(one, 1)
+    tl.store(line + columns, tl.sum(entering[:, None] * inverted, 0), mask=here)
+    if STARTS == 2:
+        entering = tl.load(line + n + columns, mask=here, other=0.0) + tl.sum(two, 1)
+        tl.store(line + n + columns, tl.sum(entering[:, None] * inverted, 0), mask=here)
+    # All threads have written before one says so.
+    tl.debug_barrier()
+    tl.atomic_add(progress + head, 1)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def received_kernel(  # type: ignore[no-untyped-def]
+    query, key, total, given, received, first, columns,
+    query_batch, query_head, query_row, key_batch, key_head, key_row, scale, n, heads, group,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr, STARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: what the rows from `first` on give to BLOCK_N of the columns of one head."""
     unit = tl.program_id(1).to(tl.int64)
     queries = query + unit // heads * query_batch + unit % heads * query_head
     keys = key + unit // heads * key_batch + unit % heads // group * key_head
     column = tl.program_id(0) * BLOCK_N
     at = column + tl.arange(0, BLOCK_N)
-    lane = tl.arange(0, BLOCK_M)
+    length = n - first
+    totals = total + unit * length - first
+    line = given + unit * STARTS * length - first
     seen = _rows(keys, key_row, column, n, DIM, BLOCK_N, BLOCK_D, COMPUTE)
     one = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     two = one
-    line = given + unit * STARTS * n
-    begin = low
-    if CAUSAL:
-        begin = tl.maximum(low, column)
-    for start in range(begin, high, BLOCK_M):
-        rows = start + lane
-        sends = (rows >= sinks) & (rows < high)
-        asked = _rows(queries, query_row, start, high, DIM, BLOCK_M, BLOCK_D, COMPUTE)
-        shifts = tl.load(shift + unit * n + rows, mask=rows < high, other=0.0) * 1.4426950408889634
-        weights = tl.exp2(tl.dot(seen, tl.trans(asked), input_precision="ieee") * scale - shifts[None, :])
-        if CAUSAL:
-            weights = tl.where(at[:, None] <= rows[None, :], weights, 0.0)
-        one += weights * tl.load(line + rows, mask=sends, other=0.0)[None, :]
-        if STARTS == 2:
-            two += weights * tl.load(line + n + rows, mask=sends, other=0.0)[None, :]
-    there = taken + unit * STARTS * n + at
-    tl.store(there, tl.load(there, mask=at < columns, other=0.0) + tl.sum(one, 1), mask=at < columns)
+    # Rows among the columns, then those behind them.
+    begin = tl.maximum(first, column)
+    behind = tl.minimum(tl.maximum(first, column + BLOCK_N), n)
+    one, two = _taken(
+        one, two, seen, at, queries, query_row, totals, line, length, begin, behind, 0, scale, n,
+        True, STARTS, DIM, BLOCK_D, COMPUTE, BLOCK_M,
+    )  # fmt: skip
+    one, two = _taken(
+        one, two, seen, at, queries, query_row, totals, line, length, behind, n, 0, scale, n,
+        False, STARTS, DIM, BLOCK_D, COMPUTE, BLOCK_M,
+    )  # fmt: skip
+    there = received + unit * STARTS * columns + at
+    tl.store(there, tl.sum(one, 1), mask=at < columns)
     if STARTS == 2:
-        there += n
-        tl.store(there, tl.load(there, mask=at < columns, other=0.0) + tl.sum(two, 1), mask=at < columns)
+        tl.store(there + columns, tl.sum(two, 1), mask=at < columns)

@@ -29,7 +29,7 @@ from .importance import compute_importance_scores, rank_max_combination, select_
 from .landmarks import landmark_walks
 from .null_model import null_model_visits
 from .scorer import Pooling, Reduction, Scorer, over_group, pooled
-from .surrogate import surrogate_chain_scores
+from .surrogate import window_chain_scores
 from .walks import batched_walk_simulation, causal_influence_walk, simulate_walks
 
 if TYPE_CHECKING:
@@ -91,9 +91,8 @@ class CircuitKV(Scorer):
     def _visits(self, query: Tensor, key: Tensor, starts: tuple[str, ...], observed: int) -> Tensor:
         """[B, H, k, n] for k starts, from the attention of query [B, n, H, D] and key [B, n, Hkv, D]."""
         if self.rows == "window":
-            tokens = key.shape[1]
-            attention = causal_rows(query, key, tokens - observed, tokens).flatten(1, 2)
-            return torch.stack([surrogate_chain_scores(attention, s, self.sinks, self.gamma) for s in starts], 2)
+            given = (self.sinks, self.gamma, observed)
+            return torch.stack([window_chain_scores(query, key, start, *given) for start in starts], 2)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         return blocked_chain_scores(
             query, key, None, starts, self.sinks, self.gamma, observed, self.temperature, probability=self.probability

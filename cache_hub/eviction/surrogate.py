@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from .attention import causal_rows
 from .chain_inputs import raise_absorbing, start_distribution
-from .checks import check_gamma
+from .checks import check_gamma, choose_backend
 from .linear_recurrence import following, reversed_recurrence
 
 # Column sums of the window's attention are clipped to this from below, so that a prefix row of zeros stays a row.
@@ -31,28 +32,83 @@ def surrogate_chain_scores(
     """
     window, n = window_attention.shape[2:]
     prefix = n - window
-    if not 1 <= sink_size <= prefix:
-        raise ValueError(f"sink_size: got {sink_size}, allowed: 1 to {prefix}, the tokens before a window of {window}")
+    _check_prefix(sink_size, prefix, window)
     check_gamma(gamma)
     attention = window_attention.to(torch.promote_types(window_attention.dtype, torch.float32))
     mass = start_distribution(start, n, sink_size, window, attention.dtype, attention.device)
-    within = attention[..., prefix:]
+    earlier = attention[..., prefix:].tril(-1)
     # A sum, not a difference from 1: heads of real models have tokens that attend to hardly anything but themselves.
-    earlier = within.tril(-1)
-    leaving = (1 - gamma) + gamma * (attention[..., :prefix].sum(-1) + earlier.sum(-1))
-    if not bool((leaving > 0).all() & attention.sum().isfinite()):
-        if not bool(attention.isfinite().all()):
+    in_window = _in_window(earlier, attention[..., :prefix].sum(-1) + earlier.sum(-1), mass, gamma)
+    sent = (in_window @ attention[..., :prefix]).squeeze(2)
+    profile = attention[..., :prefix].sum(2, dtype=torch.float64)
+    visits = _before_window(profile, mass[:prefix] + gamma * sent, sink_size, gamma)
+    return torch.cat((visits.to(attention.dtype), in_window.squeeze(2)), -1)
+
+
+@torch.no_grad()
+def window_chain_scores(
+    query: Tensor,
+    key: Tensor,
+    start: str = "query",
+    sink_size: int = 4,
+    gamma: float = 1.0,
+    window: int = 64,
+    backend: str = "auto",
+) -> Tensor:
+    """`surrogate_chain_scores` [B, H, n] of the attention of the last `window` of query [B, n, H, D] to key
+    [B, n, Hkv, D], float32 (float64 for float64).
+
+    With backend "triton" (CUDA, not float64; "auto" takes it where it can be) no row of attention is in memory: one
+    kernel sums the rows, one the columns, plain and weighted by the visits of their rows. Raises ValueError as
+    `surrogate_chain_scores`, for a window that leaves no token before it, and for another backend.
+    """
+    n, kv_heads, dim = key.shape[1:]
+    prefix = n - window
+    _check_prefix(sink_size, prefix, window)
+    check_gamma(gamma)
+    if choose_backend(backend, query) == "torch":
+        return surrogate_chain_scores(causal_rows(query, key, prefix, n).flatten(1, 2), start, sink_size, gamma)
+    from .blocked_kernels import triton_log_sums, triton_received
+
+    scale, mass = dim**-0.5, start_distribution(start, n, sink_size, window, torch.float32, query.device)
+    states = query.transpose(1, 2), key.transpose(1, 2)
+    total, others = triton_log_sums(*states, scale, prefix)
+    asked, seen = (part[:, :, prefix:].float() for part in states)
+    logits = (asked.unflatten(1, (kv_heads, -1)) @ seen.unsqueeze(2).mT).flatten(1, 2).mul_(scale)
+    earlier = logits.sub_(total.unsqueeze(3)).exp_().tril_(-1)
+    in_window = _in_window(earlier, (others - total).exp(), mass, gamma)
+    given = torch.cat((torch.ones_like(in_window), in_window), 2)
+    profile, sent = triton_received(*states, total, scale, given, prefix).unbind(2)
+    visits = _before_window(profile.double(), mass[:prefix] + gamma * sent, sink_size, gamma)
+    return torch.cat((visits.float(), in_window.squeeze(2)), -1)
+
+
+def _check_prefix(sink_size: int, prefix: int, window: int) -> None:
+    if not 1 <= sink_size <= prefix:
+        raise ValueError(f"sink_size: got {sink_size}, allowed: 1 to {prefix}, the tokens before a window of {window}")
+
+
+def _in_window(earlier: Tensor, others: Tensor, mass: Tensor, gamma: float) -> Tensor:
+    """Visits [B, H, 1, W] of the window's tokens, from the attention `earlier` [B, H, W, W] to others of them before,
+    the attention `others` [B, H, W] to any token before, and what starts at each token [n]."""
+    first = mass.shape[0] - earlier.shape[3]
+    leaving = (1 - gamma) + gamma * others
+    if not bool((leaving > 0).all() & earlier.sum().isfinite()):
+        if not bool(leaving.isfinite().all() & earlier.isfinite().all()):
             raise ValueError("window_attention: got NaN or infinity, allowed: rows that sum to 1")
-        raise_absorbing(leaving <= 0, prefix)
+        raise_absorbing(leaving <= 0, first)
     system = torch.diag_embed(leaving) - gamma * earlier
-    started = mass[prefix:].expand(*attention.shape[:2], 1, window)
-    in_window = torch.linalg.solve_triangular(system, started, upper=False, left=False)
-    entry = (mass[:prefix] + gamma * (in_window @ attention[..., :prefix]).squeeze(2)).double()
-    profile = attention[..., :prefix].sum(2, dtype=torch.float64).clamp(min=_LEAST_PROFILE)
-    visits = entry.clone()
+    started = mass[first:].expand(*earlier.shape[:2], 1, -1)
+    return torch.linalg.solve_triangular(system, started, upper=False, left=False)
+
+
+def _before_window(profile: Tensor, entry: Tensor, sink_size: int, gamma: float) -> Tensor:
+    """Visits [B, H, n - W] float64 of the tokens before the window, from its column sums and what enters there."""
+    profile, entry = profile.clamp(min=_LEAST_PROFILE), entry.double()
+    prefix, visits = profile.shape[-1], entry.clone()
     if prefix > sink_size:
         before, inner = profile.cumsum(-1)[..., sink_size - 1 : -1], profile[..., sink_size:]
         flow = reversed_recurrence(torch.log1p(gamma * inner / before), entry[..., sink_size:] / before)
         visits[..., :sink_size] += gamma * profile[..., :sink_size] * flow[..., :1]
         visits[..., sink_size:] += gamma * inner * following(flow)
-    return torch.cat((visits.to(attention.dtype), in_window.squeeze(2)), -1)
+    return visits

@@ -11,16 +11,15 @@ from attn_hub.kernels.rotate import rotate_kernel
 from attn_hub.kernels.weighted_rows import attend_pair_kernel, attend_rows_kernel, merge_splits_kernel
 from cache_hub.cluster_kernels import nearest_centroid_kernel, sum_members_kernel
 from cache_hub.eviction.blocked_kernels import (
-    BLOCK,
     LOG_SUMS,
     LONG_LOG_SUMS,
     LONG_SPREAD,
     SPREAD,
     SPREAD_TWO,
+    chain_kernel,
     invert_kernel,
     log_sums_kernel,
-    solve_kernel,
-    spread_kernel,
+    received_kernel,
 )
 from cache_hub.eviction.walk_kernels import GROUP, walk_kernel
 from cache_hub.index.chunk_topk import chunk_maxima_kernel, chunk_scores_kernel, largest_kernel
@@ -136,17 +135,15 @@ def compile_chain(capability: int, dtype: str, dim: int, starts: int) -> None:
     """The kernels of the blocked chain, with the tiles of a type and row."""
     narrow = dtype == "*bf16"
     given = dict.fromkeys(("query", "key"), dtype)
-    given |= dict.fromkeys(("total", "others", "shift", "inverse", "mass", "given", "taken"), "*fp32") | {
-        "scale": "fp32"
-    }
+    given |= dict.fromkeys(("total", "others", "shift", "inverse", "mass", "given", "received"), "*fp32")
+    given |= {"progress": "*i32", "scale": "fp32"}
     sizes = {"DIM": dim, "BLOCK_D": dim, "COMPUTE": tl.bfloat16 if narrow else tl.float32, "STARTS": starts}
     sums, spread = (LOG_SUMS, SPREAD if starts == 1 else SPREAD_TWO) if narrow else (LONG_LOG_SUMS, LONG_SPREAD)
-    square = {"BLOCK": BLOCK, "num_warps": 4 if narrow else 8, "num_stages": 3}
     for kernel, tiles in (
         (log_sums_kernel, sums.options()),
-        (invert_kernel, square),
-        (solve_kernel, square),
-        (spread_kernel, spread.options() | {"CAUSAL": starts == 1}),
+        (invert_kernel, {"HALF": spread.columns // 2, "num_warps": 8}),
+        (chain_kernel, spread.options()),
+        (received_kernel, spread.options()),
     ):
         types = {name: kind for name, kind in given.items() if name in kernel.arg_names}
         constants = {name: value for name, value in (sizes | tiles).items() if name in kernel.arg_names}

@@ -5,8 +5,11 @@ import torch
 from chain_cases import queries_and_keys
 from torch import Tensor
 
+from cache_hub.eviction import attention, blocked, surrogate
+from cache_hub.eviction.attention import received_mass
 from cache_hub.eviction.blocked import blocked_chain_scores, causal_log_sum_exp
 from cache_hub.eviction.blocked_reference import torch_log_sums, torch_solve
+from cache_hub.eviction.surrogate import window_chain_scores
 
 SHAPES = [(2, 2, 64, 5), (6, 2, 64, 63), (4, 1, 128, 127), (3, 3, 80, 130), (1, 1, 64, 1), (3, 1, 64, 257)]
 
@@ -16,15 +19,6 @@ def inputs(heads: int, kv_heads: int, dim: int, n: int, dtype: torch.dtype) -> t
     query, key = (part.expand(2, -1, -1, -1).clone() for part in queries_and_keys(n, heads, kv_heads, dim, 3.0))
     query[1] = query[1].flip(1)
     return tuple(part.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for part in (query, key))  # type: ignore[return-value]
-
-
-@pytest.fixture(params=[128, 512], ids=["short-strips", "long-strips"])
-def strips(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More strips than the shapes would have."""
-    pytest.importorskip("triton")
-    from cache_hub.eviction import blocked_kernels
-
-    monkeypatch.setattr(blocked_kernels, "STRIP", request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -40,7 +34,6 @@ def test_log_sums(device: str, heads: int, kv_heads: int, dim: int, n: int, dtyp
     assert bool((found[1][..., 0] == -torch.inf).all())
 
 
-@pytest.mark.usefixtures("strips")
 @pytest.mark.parametrize("starts", [1, 2, 3])
 @pytest.mark.parametrize(("sink_size", "dtype"), [(1, torch.bfloat16), (4, torch.float32), (3, torch.float16)])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "n"), [shape for shape in SHAPES if shape[3] > 4])
@@ -60,18 +53,17 @@ def test_solve(
     torch.testing.assert_close(found.cpu().double(), expected, rtol=3e-5, atol=1e-6)
 
 
-def test_more_sinks_than_a_strip(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strips of sinks alone send nothing."""
-    from cache_hub.eviction import blocked_kernels
+def test_more_sinks_than_a_block(device: str) -> None:
+    """Blocks of sinks alone send nothing."""
+    from cache_hub.eviction.blocked_kernels import triton_solve
 
-    monkeypatch.setattr(blocked_kernels, "STRIP", 64)
-    query, key = inputs(2, 1, 64, 200, torch.float32)
-    for sink_size in (64, 100, 128, 199):
+    query, key = inputs(2, 1, 64, 300, torch.bfloat16)
+    for sink_size in (64, 100, 128, 256, 299):
         shift = torch_log_sums(query.double(), key.double(), 0.2)[1]
         shift[..., :sink_size] = torch.inf
-        expected = torch.full((2, 2, 1, 200), 0.01, dtype=torch.float64)
+        expected = torch.full((2, 2, 1, 300), 0.01, dtype=torch.float64)
         found = expected.float().to(device)
-        blocked_kernels.triton_solve(query.to(device), key.to(device), shift.float().to(device), found, 0.2, sink_size)
+        triton_solve(query.to(device), key.to(device), shift.float().to(device), found, 0.2, sink_size)
         torch_solve(query.double(), key.double(), shift, expected, 0.2, sink_size)
         torch.testing.assert_close(found.cpu().double(), expected, rtol=3e-5, atol=1e-7)
 
@@ -87,7 +79,67 @@ def test_received(device: str, heads: int, kv_heads: int, dim: int, n: int, dtyp
     expected = logits.masked_fill(future, -torch.inf).softmax(-1).sum(2)
     total = logits.masked_fill(future, -torch.inf).logsumexp(-1).float()
     found = triton_received(query.to(device), key.to(device), total.to(device), 0.2)
-    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    assert found.shape == (2, heads, 1, n)
+    torch.testing.assert_close(found[:, :, 0].cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 9, 64, 129])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "n"), [(3, 1, 64, 257), (3, 3, 80, 130)])
+def test_the_last_rows_alone(device: str, heads: int, kv_heads: int, dim: int, n: int, window: int) -> None:
+    """Their sums, and what two kinds of givers among them give to the tokens before and to all."""
+    from cache_hub.eviction.blocked_kernels import triton_log_sums, triton_received
+
+    query, key = inputs(heads, kv_heads, dim, n, torch.bfloat16)
+    total, others = torch_log_sums(query.double(), key.double(), 0.2)
+    logits = query.double() @ key.double().repeat_interleave(heads // kv_heads, 1).mT * 0.2
+    future = torch.ones(n, n, dtype=torch.bool).triu(1)
+    rows = logits.masked_fill(future, -torch.inf).softmax(-1)[:, :, -window:]
+    sums = triton_log_sums(query.to(device), key.to(device), 0.2, n - window)
+    for found, expected in zip(sums, (total, others), strict=True):
+        torch.testing.assert_close(found.cpu().double(), expected[..., -window:], rtol=1e-5, atol=1e-5)
+    given = torch.rand(2, heads, 2, window, generator=torch.Generator().manual_seed(0))
+    for columns in (n - window, n):
+        found = triton_received(query.to(device), key.to(device), sums[0], 0.2, given.to(device), columns)
+        expected = (given.double() @ rows)[..., :columns]
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.8])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "n", "dtype"), [(3, 1, 64, 63, torch.bfloat16), (2, 2, 128, 131, torch.float32)]
+)
+def test_the_public_functions_by_kernels(
+    device: str,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    n: int,
+    gamma: float,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The exact chain with and without its log-sum-exp, the window's, and the attention that tokens receive, as on a
+    GPU, against those of float64 in torch."""
+    states = inputs(heads, kv_heads, dim, n, dtype)
+    laid_out, window = [part.transpose(1, 2) for part in states], 9
+    lse = causal_log_sum_exp(*(part.double() for part in states)).float()
+    starts = ("query", "uniform", "window")
+    given = {"sink_size": 4, "gamma": gamma, "window": window}
+    exact = blocked_chain_scores(*(part.double() for part in states), start=starts, **given)
+    observed = [window_chain_scores(*(part.double() for part in laid_out), start, **given) for start in starts]
+    received = received_mass(*(part.double() for part in laid_out))
+    for module in (attention, blocked, surrogate):
+        monkeypatch.setattr(module, "choose_backend", lambda *_: "triton")
+    query, key = (part.to(device) for part in states)
+    for known, rtol in ((None, 1e-4), (lse.to(device), 3e-3)):
+        found = blocked_chain_scores(query, key, known, starts, **given)
+        torch.testing.assert_close(found.cpu().double(), exact, rtol=rtol, atol=1e-6)
+    query, key = (part.to(device) for part in laid_out)
+    for start, expected in zip(starts, observed, strict=True):
+        found = window_chain_scores(query, key, start, **given)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(received_mass(query, key).cpu(), received, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
