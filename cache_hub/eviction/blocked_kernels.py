@@ -255,30 +255,32 @@ def _taken(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """one and two [columns, BLOCK_M] with what rows begin to end give the columns: given and given + length times their
-    attention. What a tile of rows gives is loaded while the one before it is multiplied, and from the cache that all
-    programs share, since others may have written it."""
-    lane = tl.arange(0, BLOCK_M)
-    rows = begin + lane
-    sends = (rows >= sinks) & (rows < end)
+    attention. The last rows come first, so that the order of a sum does not depend on how its rows come in parts. What
+    a tile of rows gives is loaded while the one before it is multiplied, and from the cache that all programs share,
+    since others may have written it."""
+    tiles = tl.cdiv(end - begin, BLOCK_M)
+    rows = begin + (tiles - 1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    sends = (rows >= sinks) & (rows >= begin) & (rows < end)
     next_shift = tl.load(shifts + rows, mask=sends, other=0.0)
     next_one = tl.load(given + rows, mask=sends, other=0.0, cache_modifier=".cg")
     next_two = next_one
     if STARTS == 2:
         next_two = tl.load(given + length + rows, mask=sends, other=0.0, cache_modifier=".cg")
-    for start in range(begin, end, BLOCK_M):
+    for tile in range(tiles):
         shift = next_shift * 1.4426950408889634
         gives_one = next_one
         gives_two = next_two
-        asked = _rows(queries, query_row, start, n, DIM, BLOCK_M, BLOCK_D, COMPUTE)
-        rows = start + BLOCK_M + lane
-        sends = (rows >= sinks) & (rows < end)
+        here = rows
+        asked = _rows(queries, query_row, begin + (tiles - 1 - tile) * BLOCK_M, n, DIM, BLOCK_M, BLOCK_D, COMPUTE)
+        rows -= BLOCK_M
+        sends = (rows >= sinks) & (rows >= begin)
         next_shift = tl.load(shifts + rows, mask=sends, other=0.0)
         next_one = tl.load(given + rows, mask=sends, other=0.0, cache_modifier=".cg")
         if STARTS == 2:
             next_two = tl.load(given + length + rows, mask=sends, other=0.0, cache_modifier=".cg")
         weights = tl.exp2(tl.dot(seen, tl.trans(asked), input_precision="ieee") * scale - shift[None, :])
         if CAUSAL:
-            weights = tl.where(columns[:, None] <= (start + lane)[None, :], weights, 0.0)
+            weights = tl.where(columns[:, None] <= here[None, :], weights, 0.0)
         one += weights * gives_one[None, :]
         if STARTS == 2:
             two += weights * gives_two[None, :]
