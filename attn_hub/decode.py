@@ -37,8 +37,7 @@ def decode_splits(
 ) -> ReferenceSplits | TritonSplits:
     """`weighted_decode_attention` in steps: `attend(i)` reads the rows and ids of the parts before i, as they are then,
     `merge()` those of the others, and gives the result. So what is known early is attended to while the ids of another
-    part are still looked for; `attend(i, aside=True)` lets a GPU do so beside what it is given until the merge.
-    Arguments and errors as there."""
+    part are still looked for. Arguments and errors as there."""
     if query.is_cuda:
         from attn_hub.kernels.weighted_decode import TritonSplits
 

@@ -24,7 +24,7 @@ class ReferenceSplits:
         self._attended = 0
         self._selected: list[tuple[Tensor, Tensor, bool]] = []
 
-    def attend(self, stop: int, aside: bool = False) -> None:
+    def attend(self, stop: int) -> None:
         """Reads the rows of the parts before `stop` that were not attended to yet, as they are now."""
         for part in self.parts[self._attended : stop]:
             self._selected += _selected(self._scaled, part)

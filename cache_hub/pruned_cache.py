@@ -80,10 +80,10 @@ class PrunedFlatCache(ScannedFlatCache):
             keys.arrange(group.sequences, fresh, tail.clusters[group.start])
         keys.want(self.scan_share, self.top_k)
 
-    def _score(self, query: Tensor, layer_idx: int) -> None:
+    def _search(self, query: Tensor, layer_idx: int) -> None:
         scan, keys = self._scan_of(layer_idx), self._clustered_keys(layer_idx)
         assert isinstance(scan, PrunedScan)
-        scan.score_chosen(query, keys, self._tails[layer_idx].centroids, self._keys_scanned[layer_idx])
+        scan.search_clusters(query, keys, self._tails[layer_idx].centroids, self._keys_scanned[layer_idx])
 
     def _note_scored(self, layer_idx: int) -> None:
         """What the devices do not count: the centroids."""

@@ -79,17 +79,8 @@ class RetrievingLayers(GrowingLayers):
 
     def begin(self, query_states: Tensor, layer_idx: int) -> ReferenceSplits | TritonSplits:
         """Attends to the static tokens and the clusters, as if nothing were retrieved."""
-        begun = self._splits(query_states, layer_idx)
-        begun.attend(self._parts_ready(begun, layer_idx))
-        return begun
-
-    def _parts_ready(self, begun: ReferenceSplits | TritonSplits, layer_idx: int) -> int:
-        """How many of the parts are known before the search."""
-        return len(begun.parts) - 1 if self._groups[layer_idx] else len(begun.parts)
-
-    def _splits(self, query_states: Tensor, layer_idx: int) -> ReferenceSplits | TritonSplits:
-        """Attention to static tokens, clusters and, last, what the search finds, none of them attended to yet."""
         parts = [self._zones[layer_idx].part()]
+        ready = 1
         if self._groups[layer_idx]:
             tail, buffers = self._tail_of(layer_idx), self._buffers_of(layer_idx)
             stores = self._keys[layer_idx], self._values[layer_idx]
@@ -97,9 +88,12 @@ class RetrievingLayers(GrowingLayers):
             if tail is not None:
                 clusters, self._chosen = tail.part(query_states)
                 parts.append(clusters)
+                ready += 1
                 retrieved.stand_ins, retrieved.stand_in_ids = tail.centroids, buffers.clusters
             parts.append(retrieved)
-        return decode_splits(query_states, parts)
+        begun = decode_splits(query_states, parts)
+        begun.attend(ready)
+        return begun
 
     def _search_of(self, layer_idx: int) -> LayerSearch:
         if layer_idx not in self._searches:

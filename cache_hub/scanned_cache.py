@@ -137,23 +137,19 @@ class ScannedFlatCache(FlatCache):
         return False
 
     def begin(self, query_states: Tensor, layer_idx: int) -> ReferenceSplits | TritonSplits:
-        """Finds what the rest attends to and, behind the scan, which takes all of the memory's bandwidth, but beside
-        what comes of it, attends to static tokens and clusters."""
-        if not self._groups[layer_idx]:
-            return super().begin(query_states, layer_idx)
-        query = query_states if query_states.stride(3) == 1 else query_states.contiguous()
-        begun, scan = self._splits(query, layer_idx), self._scan_of(layer_idx)
-        self._score(query, layer_idx)
-        begun.attend(self._parts_ready(begun, layer_idx), aside=True)
-        scan.select()
-        scan.unite(self._scanned[layer_idx].keys, self._union_of(layer_idx), query)
-        if self.stats.agreement is not None:
-            with self.stats.timed("diagnosis"):
-                self._diagnose(query, layer_idx)
+        """As TokenIndexCache.begin, and finds what the rest attends to."""
+        begun = super().begin(query_states, layer_idx)
+        if self._groups[layer_idx]:
+            query = query_states if query_states.stride(3) == 1 else query_states.contiguous()
+            self._search(query, layer_idx)
+            self._scan_of(layer_idx).unite(self._scanned[layer_idx].keys, self._union_of(layer_idx), query)
+            if self.stats.agreement is not None:
+                with self.stats.timed("diagnosis"):
+                    self._diagnose(query, layer_idx)
         return begun
 
-    def _score(self, query: Tensor, layer_idx: int) -> None:
-        self._scan_of(layer_idx).score(query, self._scanned[layer_idx].keys)
+    def _search(self, query: Tensor, layer_idx: int) -> None:
+        self._scan_of(layer_idx).search(query, self._scanned[layer_idx].keys)
 
     def captured(self, layer_idx: int) -> tuple[int, ...]:
         addresses = super().captured(layer_idx)

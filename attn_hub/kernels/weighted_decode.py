@@ -5,7 +5,6 @@ appendix B.1; additive log weights as in RetroInfer (arXiv 2505.02922). Rows and
 memory or in pinned host memory, once for all query heads that attend to them.
 """
 
-import functools
 import itertools
 from collections.abc import Sequence
 
@@ -27,15 +26,14 @@ class TritonSplits:
 
     Of the parts attended to together, two share a launch where they are read alike: from the same kind of memory, by as
     many lists, with one type of products. A launch reads rows and ids as they are then. One more launch merges; no
-    synchronisation with the host, so that all can be captured in CUDA graphs. What is attended to `aside` runs beside
-    the other work of the device up to the merge. Arguments as those of `attn_hub.weighted_decode_attention`.
+    synchronisation with the host, so that all can be captured in CUDA graphs. Arguments as those of
+    `attn_hub.weighted_decode_attention`.
     """
 
     def __init__(self, query: Tensor, parts: Sequence[WeightedPart], scale: float | None = None) -> None:
         check_parts(query, parts)
         batch, _, heads, head_dim = query.shape
         self.parts, self._attended = parts, 0
-        self._aside: torch.cuda.Stream | None = None
         self._query = query if query.stride(3) == 1 else query.contiguous()
         self._scale = head_dim**-0.5 if scale is None else scale
         splits = [_num_splits(query, part) for part in parts]
@@ -44,16 +42,8 @@ class TritonSplits:
         self._out = torch.empty(*sizes, head_dim, dtype=torch.float32, device=query.device)
         self._sum, self._max = (torch.empty(sizes, dtype=torch.float32, device=query.device) for _ in range(2))
 
-    def attend(self, stop: int, aside: bool = False) -> None:
-        """Reads the rows of the parts before `stop` that were not attended to yet; aside: on a stream of its own,
-        behind what the current one was given so far."""
-        if aside and self._query.is_cuda:
-            device = self._query.device
-            self._aside = _second_stream(device)
-            self._aside.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(self._aside):
-                self.attend(stop)
-            return
+    def attend(self, stop: int) -> None:
+        """Reads the rows of the parts before `stop` that were not attended to yet."""
         alike: dict[tuple[object, ...], list[int]] = {}
         for number in range(self._attended, stop):
             if self._first[number] < self._first[number + 1]:
@@ -68,8 +58,6 @@ class TritonSplits:
         """[B, 1, H, D] over all parts."""
         self.attend(len(self.parts))
         query = self._query
-        if self._aside is not None:
-            torch.cuda.current_stream(query.device).wait_stream(self._aside)
         head_dim = query.shape[3]
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         with torch.cuda.device_of(query):
@@ -162,11 +150,6 @@ def _num_splits(query: Tensor, part: WeightedPart) -> int:
     each = _HOST_PROGRAMS_PER_SM if _reads_host(part) else _PROGRAMS_PER_SM
     programs = each * _multiprocessors(query.device)
     return min(triton.cdiv(part.num_rows, _tile(part)["BLOCK_N"]), triton.cdiv(programs, lists))
-
-
-@functools.cache
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmark.results import locked, write_json
 from benchmark.runner import read_records, run_tasks
-from config import RetroInferConfig, resolve_strategy, with_estimation
+from config import ATTENTION_TYPES, RetroInferConfig, resolve_strategy, with_estimation
 from model_hub import load_model, load_tokenizer
 
 from .catalog import DATASETS, METRIC
@@ -110,11 +110,12 @@ def run_job(job: Job) -> dict[str, list[dict[str, Any]]]:
 
 
 def resolve_strategies(names: Sequence[str], attn_config: dict[str, Any]) -> list[str]:
-    """Strategies of names, variants or attention types, once each. ConfigError for an unknown one lists the known."""
+    """Strategies of names, variants as with_estimation reads them, or attention types, once each. ConfigError for an
+    unknown one lists the known."""
     settings = RetroInferConfig(**attn_config["RetroInfer"])
     if not names:
         raise ValueError("strategies: got none, allowed: at least one")
-    resolved = [name if "+" in name else resolve_strategy(name, settings) for name in names]
+    resolved = [resolve_strategy(name, settings) if name in ATTENTION_TYPES else name for name in names]
     for name in resolved:
         with_estimation(name, settings)
     return list(dict.fromkeys(resolved))

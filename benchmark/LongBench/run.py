@@ -46,7 +46,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--protocol", default="official", choices=PROTOCOLS)
     parser.add_argument("--max_length", type=int, help="prompts above lose their middle (default: the protocol's)")
     parser.add_argument(
-        "--strategies", type=comma_list, help="or attention types, comma-separated (default: full and --attn_type's)"
+        "--strategies",
+        type=comma_list,
+        help="variants as flat+none and snapkv@512 or attention types too, comma-separated (default: full and "
+        "--attn_type's)",
     )
     parser.add_argument("--save_dir", type=Path, default=Path("results/LongBench"))
     parser.add_argument("--batch_size", type=int, default=1, help="samples of equal length run together")

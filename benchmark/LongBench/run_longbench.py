@@ -32,6 +32,7 @@ from benchmark.LongBench.methods import (
     KVCACHE_FACTORY_METHODS,
     capacity_of,
     describe_budget,
+    eviction_of_budget,
     strategy_of,
     top_k_of_budget,
 )
@@ -41,7 +42,8 @@ from benchmark.LongBench.run import comma_list
 from benchmark.LongBench.summary import report, summarise
 from benchmark.models import full_name
 from benchmark.results import environment, locked, write_json
-from config import RETRIEVAL_STRATEGIES, RetroInferConfig, add_config_args, config_from_args
+from config import EVICTING, RETRIEVAL_STRATEGIES, RetroInferConfig, add_config_args, config_from_args
+from config.config import override_key
 
 DATA_FOLDER = Path("data/LongBench")
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -63,10 +65,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--max_capacity_prompts",
         "--budget",
         type=int,
-        help=f"tokens per query head, sinks and window included (default: {DEFAULT_CAPACITY}; wave_index has none)",
+        help="tokens per query head, of what evicts per kv head, sinks and window included (default: "
+        f"{DEFAULT_CAPACITY}; -1: the ratio holds; wave_index has none)",
     )
     parser.add_argument(
-        "--max_capacity_prompts_ratio", type=float, default=-1, help="with FullKV only, which ignores it"
+        "--max_capacity_prompts_ratio",
+        type=float,
+        default=-1,
+        help="share of each prompt instead, for what evicts; FullKV ignores it",
     )
     parser.add_argument("--save_dir", type=Path, default=Path("results"))
     parser.add_argument("--eval_batch_size", type=int, default=1, help="must be 1")
@@ -97,8 +103,8 @@ def run(args: argparse.Namespace) -> str:
     capacity = capacity_of(strategy, args.max_capacity_prompts, args.max_capacity_prompts_ratio)
     args.max_capacity_prompts = capacity
     if args.top_k is not None:
-        if strategy == "wave_index":
-            raise ValueError(f"top_k: got {args.top_k}, allowed: not given: wave_index has none")
+        if strategy in ("wave_index", *EVICTING):
+            raise ValueError(f"top_k: got {args.top_k}, allowed: not given: {strategy} has none")
         raise ValueError(f"top_k: got {args.top_k}, but max_capacity_prompts {capacity} sets it; allowed: one of them")
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     settings = RetroInferConfig(**config_from_args(args, model, 1 << 17)["RetroInfer"])
@@ -106,6 +112,13 @@ def run(args: argparse.Namespace) -> str:
     if key != "attention_aware_graph.top_k":
         raise ValueError(f"{key}: got {own}, but max_capacity_prompts {capacity} sets it; allowed: 0")
     args.top_k = top_k_of_budget(strategy, capacity, args.max_capacity_prompts_ratio, settings)
+    kept = eviction_of_budget(strategy, capacity, args.max_capacity_prompts_ratio)
+    for key, value in args.set or ():
+        if override_key(key) in kept:
+            flag = "max_capacity_prompts_ratio" if capacity == -1 else "max_capacity_prompts"
+            raise ValueError(f"{key}: got {value!r}, but {flag} sets it; allowed: one of them")
+    args.set = [*(args.set or ()), *kept.items()]
+    settings = RetroInferConfig(**config_from_args(args, model, 1 << 17)["RetroInfer"])
     folder = args.save_dir / f"{Path(model).name.lower()}_{capacity}"
     job = Job(
         model=model,

@@ -47,7 +47,6 @@ class DeviceScan:
         self._maxima = torch.empty(heads, room // self._run, device=device)
         self._runs = torch.empty(heads, self._width, dtype=torch.int32, device=device)
         self.ids = torch.full((batch, kv_heads, group, k), -1, dtype=torch.int32, device=device)
-        self._ends = keys.lengths  # [B, Hkv] int32, how many scores each kv head has
 
     def _layout(self, keys: DeviceKeys) -> tuple[int, int]:
         """Scores of a query head that there is room for, and how many of them make a run."""
@@ -58,15 +57,15 @@ class DeviceScan:
         """ids, of each head's k best, ascending, -1 behind them; of equal scores the lowest. query [B, 1, H, D] with
         contiguous heads, of any float type; exact but for the keys' 8 bits and the query's 16."""
         self.score(query, keys)
-        return self.select()
+        self.select(keys.lengths)
+        return self.ids
 
     def found(self, keys: DeviceKeys) -> tuple[Tensor, Tensor]:
         """Of the last search: ids as tokens' numbers, and how many keys each kv head scored, [B, Hkv] integers."""
         return self.ids, keys.lengths
 
     def score(self, query: Tensor, keys: DeviceKeys) -> None:
-        """Writes scores [B * H, N] and the maxima of their runs; arguments as for `search`."""
-        self._ends = keys.lengths
+        """Writes scores [B * H, N] and the maxima of their runs."""
         batch, kv_heads, room, dim = keys.codes.shape
         tuning, rows = self.tuning, batch * kv_heads
         splits = min(triton.cdiv(tuning.programs * _multiprocessors(query.device), rows), room // tuning.keys)
@@ -79,17 +78,16 @@ class DeviceScan:
                 num_warps=tuning.warps,
             )  # fmt: skip
 
-    def select(self) -> Tensor:
-        """The ids that `search` gives, of what was scored last."""
+    def select(self, lengths: Tensor) -> None:
+        """Writes ids from what was scored, of which lengths [B, Hkv] int32 are there."""
         room = self.scores.shape[1]
         block = triton.next_power_of_2(room // self._run)
         with torch.cuda.device_of(self.scores):
             select_kernel[(len(self.scores),)](
-                self.scores, self._maxima, self._ends, self._runs, self.ids, room, self.k,
+                self.scores, self._maxima, lengths, self._runs, self.ids, room, self.k,
                 GROUP=self._group, RUN=self._run, BLOCK_R=block, WIDTH=self._width,
                 num_warps=8 if max(2 * block, self._width * self._run) <= 1 << 13 else 16,
             )  # fmt: skip
-        return self.ids
 
     def unite(self, keys: DeviceKeys, union: Union, query: Tensor) -> None:
         """Writes the union of what each kv head's query heads found last, asked by query [B, 1, H, D]."""

@@ -59,11 +59,6 @@ class PrunedScan(DeviceScan):
         centroids [B, Hkv, C', D] of any float type, contiguous, as many as there are clusters at least. scanned: of
         `counters`, grows by the keys scored.
         """
-        self.score_chosen(query, keys, centroids, scanned)
-        return self.select()
-
-    def score_chosen(self, query: Tensor, keys: ClusteredKeys, centroids: Tensor, scanned: Tensor) -> None:
-        """Writes scores of keys of the chosen clusters, and the maxima of their runs; arguments as above."""
         batch, kv_heads, room, dim = keys.codes.shape
         tuning, rows, clusters = self.tuning, batch * kv_heads, keys.starts.shape[2] - 1
         strides = query.stride(0), query.stride(2)
@@ -88,6 +83,8 @@ class PrunedScan(DeviceScan):
                 BLOCK_N=tuning.keys, BLOCK_D=max(triton.next_power_of_2(dim), 32), RUN=self._run, STAGES=tuning.stages,
                 num_warps=tuning.warps,
             )  # fmt: skip
+        self.select(self._ends)
+        return self.ids
 
     def found(self, keys: DeviceKeys) -> tuple[Tensor, Tensor]:
         """See DeviceScan."""

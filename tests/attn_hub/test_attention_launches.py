@@ -158,25 +158,24 @@ def test_a_decode_step_has_two_launches_and_the_merge(kernels, launches):
     torch.testing.assert_close(result, reference_weighted_decode_attention(query, parts), atol=2e-6, rtol=2e-6)
 
 
-def test_parts_attended_to_aside(kernels):
-    """They see what was written before, and the merge sees them; what is written meanwhile is of the other part."""
+def test_parts_are_read_when_they_are_attended_to(kernels):
+    """The early ones as they are then, the last with the ids that were written meanwhile."""
     torch.manual_seed(13)
-    query, source = torch.randn(2, 1, 6, 64), _contiguous(2, 5000)
-    clusters, ids = _contiguous(2, 500, log_weights=torch.rand(2, HKV, 500)), random_ids(5000, 2, HKV, 65)
+    query, source = torch.randn(2, 1, 6, 64), _contiguous(2, 200)
+    clusters, ids = _contiguous(2, 50, log_weights=torch.rand(2, HKV, 50)), random_ids(200, 2, HKV, 65)
     expected = reference_weighted_decode_attention(
         query, [source, clusters, WeightedPart(source.keys, source.values, ids)]
     )
     source, clusters = move([source, clusters], kernels.device)
-    for _ in range(3):
-        late = torch.full_like(source.keys, float("nan"))
-        wanted = torch.full((2, HKV, 65), -1, dtype=torch.int32, device=kernels.device)
-        splits = _splits(
-            kernels, query, [WeightedPart(late, source.values), clusters, WeightedPart(late, source.values, wanted)]
-        )
-        late.copy_(source.keys)
-        splits.attend(2, aside=True)
-        wanted.copy_(ids)
-        torch.testing.assert_close(splits.merge().cpu(), expected, atol=2e-6, rtol=2e-6)
+    late = torch.full_like(source.keys, float("nan"))
+    wanted = torch.full((2, HKV, 65), -1, dtype=torch.int32, device=kernels.device)
+    parts = [WeightedPart(late, source.values), clusters, WeightedPart(source.keys, source.values, wanted)]
+    splits = _splits(kernels, query, parts)
+    late.copy_(source.keys)
+    splits.attend(2)
+    late.fill_(float("nan"))
+    wanted.copy_(ids)
+    torch.testing.assert_close(splits.merge().cpu(), expected, atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.gpu

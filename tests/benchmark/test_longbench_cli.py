@@ -12,7 +12,7 @@ import pytest
 from longbench_samples import WordTokenizer, make_record, write_records
 
 from benchmark.LongBench import evaluation, run, run_longbench
-from benchmark.LongBench.methods import describe_budget, strategy_of, top_k_of_budget
+from benchmark.LongBench.methods import describe_budget, eviction_of_budget, strategy_of, top_k_of_budget
 from benchmark.runner import Task, keep_protocol
 from config import ESTIMATIONS, RETRIEVAL_STRATEGIES, RetroInferConfig
 
@@ -106,6 +106,17 @@ def test_a_run_writes_records_upstreams_files_and_a_summary(
     assert "repobench-p (full, flat)" in printed
 
 
+def test_strategies_are_named_as_for_ruler(data: Path, asked: list[dict[str, Any]]) -> None:
+    """Variants with estimations, budgets and scores, beside attention types."""
+    names = "Full_Flash_Attn,full,streaming_llm@256,snapkv@512,circuitkv+null_query@512,flat+none,h2o"
+    assert run.main(flags(data, "--datasets", "trec", "--strategies", names)) == 0
+    assert asked[0]["strategies"] == names.split(",")[1:]
+    folder = data.parent / "out" / "pred" / "SmolLM2-135M-Instruct"
+    assert len((folder / "streaming_llm@256" / "trec.jsonl").read_text().splitlines()) == 4
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {row["strategy"] for row in summary["agreement"]} == set(names.split(",")[2:])
+
+
 def test_runs_of_one_protocol_add_up_and_another_one_is_refused(
     data: Path, asked: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,7 +159,8 @@ def test_lines_left_out_stay_in_the_summary(data: Path, asked: list[dict[str, An
     [
         (["--datasets", "squad"], "datasets: got squad; LongBench has narrativeqa"),
         (["--category", "QA"], "category: got 'QA'"),
-        (["--strategies", "magic"], "got 'magic', allowed: Full_Flash_Attn, RetroInfer, full"),
+        (["--strategies", "magic"], "strategy: got 'magic', allowed: full, flat"),
+        (["--strategies", "flat@256"], "got 'flat@256', allowed: a budget of tokens behind streaming_llm, h2o"),
         (["--strategies", ","], "strategies: got none"),
         (["--num_examples", "0"], "num_examples: got 0, allowed: an integer >= 1"),
         (["--protocol", "retroinfer", "--max_length", "9", "--datasets", "trec"], "max_length: got 9, allowed: none"),
@@ -200,6 +212,39 @@ def test_the_wave_index_runs_without_a_budget_beside_full_attention(data: Path, 
     assert {row["strategy"] for row in summary["agreement"]} == {"wave_index"}
 
 
+@pytest.mark.parametrize("method", ["StreamingLLM", "H2O", "SnapKV", "PyramidKV", "circuitkv"])
+@pytest.mark.parametrize("capacity", [64, 512])
+def test_what_evicts_has_the_budget(data: Path, asked: list[dict[str, Any]], method: str, capacity: int) -> None:
+    """Beside full attention, in one folder, which holds one configuration."""
+    given = ["--max_capacity_prompts", str(capacity)]
+    for name in ("FullKV", method):
+        assert run_longbench.main(kvcache_factory(data, name, *given)) == 0
+    assert asked[1]["strategies"] == [strategy_of(method)]
+    eviction = asked[1]["config"]["eviction"]
+    assert (eviction["budget"], eviction["budget_share"]) == (capacity, 0)
+    assert f"{capacity} tokens of the prompt for each kv head" in asked[1]["protocol"]["budget"]
+    assert (data.parent / "out" / f"tiny_{capacity}" / "lcc" / f"{method}.json").exists()
+
+
+def test_what_evicts_has_the_default_budget_or_a_share(data: Path, asked: list[dict[str, Any]]) -> None:
+    ratio = ["--max_capacity_prompts_ratio", "0.25"]
+    assert run_longbench.main(kvcache_factory(data, "SnapKV")) == 0
+    assert run_longbench.main(kvcache_factory(data, "SnapKV", *ratio)) == 0
+    assert run_longbench.main(kvcache_factory(data, "FullKV", "--budget", "-1", *ratio)) == 0
+    assert run_longbench.main(kvcache_factory(data, "SnapKV", "--budget", "128", *ratio)) == 0
+    found = [(call["config"]["eviction"]["budget"], call["config"]["eviction"]["budget_share"]) for call in asked]
+    assert [share for _, share in found] == [0, 0.25, 0.25, 0]
+    assert (found[0][0], found[3][0]) == (512, 128)
+    assert "0.25 of the tokens of the prompt for each kv head" in asked[1]["protocol"]["budget"]
+    assert (data.parent / "out" / "tiny_-1" / "lcc" / "SnapKV.json").exists()
+
+
+def test_the_budget_holds_against_a_share_of_the_models_file() -> None:
+    assert eviction_of_budget("snapkv", 64, 0.5) == {"eviction.budget": 64, "eviction.budget_share": 0}
+    assert eviction_of_budget("flat", 64, -1) == eviction_of_budget("full", 64, -1) == eviction_of_budget("h2o", 64, -1)
+    assert eviction_of_budget("full", -1, 2) == eviction_of_budget("wave_index", -1, -1) == {}
+
+
 @pytest.mark.parametrize("estimation", ESTIMATIONS)
 def test_a_budget_says_what_is_read_on_top(estimation: str) -> None:
     settings = RetroInferConfig(attention_aware_graph={"estimation": estimation, "estimation_budget": 0.5})
@@ -226,6 +271,21 @@ def test_aliases_and_random_samples(data: Path, asked: list[dict[str, Any]]) -> 
         ("flat", ["--eval_batch_size", "2"], "eval_batch_size: got 2, allowed: 1"),
         ("flat", ["--budget", "68"], "max_capacity_prompts: got 68, allowed: above 68, the 4 sinks and 64 window"),
         ("flat", ["--budget", "-1", "--max_capacity_prompts_ratio", "0.1"], "max_capacity_prompts_ratio: got 0.1"),
+        ("flat", ["--max_capacity_prompts_ratio", "0.1"], "max_capacity_prompts_ratio: got 0.1, allowed: -1, except"),
+        ("SnapKV", ["--budget", "-1"], "max_capacity_prompts: got -1, allowed: 1 or more, or -1 beside a max_capacity"),
+        ("SnapKV", ["--budget", "0"], "max_capacity_prompts: got 0, allowed: 1 or more"),
+        ("SnapKV", ["--max_capacity_prompts_ratio", "1.5"], "_ratio: got 1.5, allowed: above 0, at most 1"),
+        ("SnapKV", ["--top_k", "5"], "top_k: got 5, allowed: not given: snapkv has none"),
+        (
+            "SnapKV",
+            ["--set", "RetroInfer.eviction.budget=5"],
+            "RetroInfer.eviction.budget: got 5, but max_capacity_prompts sets it; allowed: one of them",
+        ),
+        (
+            "h2o",
+            ["--max_capacity_prompts_ratio", "0.1", "--set", "eviction.budget_share=0.2"],
+            "eviction.budget_share: got 0.2, but max_capacity_prompts_ratio sets it; allowed: one of them",
+        ),
         ("flat", ["--top_k", "5"], "top_k: got 5, but max_capacity_prompts 512 sets it"),
         ("ivf", ["--set", "ivf.top_k=5"], "ivf.top_k: got 5, but max_capacity_prompts 512 sets it; allowed: 0"),
         (
