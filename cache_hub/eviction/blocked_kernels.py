@@ -25,12 +25,14 @@ class Tile(NamedTuple):
     columns: int
     warps: int
     stages: int = 3
+    registers: int | None = None  # of a thread at most
 
-    def options(self) -> dict[str, int]:
-        return {"BLOCK_M": self.rows, "BLOCK_N": self.columns, "num_warps": self.warps, "num_stages": self.stages}
+    def options(self) -> dict[str, int | None]:
+        tile = {"BLOCK_M": self.rows, "BLOCK_N": self.columns}
+        return {**tile, "num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
-LOG_SUMS, SPREAD, SPREAD_TWO = Tile(128, 128, 8, 2), Tile(64, 128, 8), Tile(32, 128, 8)
+LOG_SUMS, SPREAD, SPREAD_TWO = Tile(128, 64, 8), Tile(64, 128, 8), Tile(64, 128, 8)
 # Of rows too long for those, such as all of float32.
 LONG_LOG_SUMS, LONG_SPREAD = Tile(64, 32, 8), Tile(32, 64, 8)
 
@@ -70,10 +72,9 @@ def triton_solve(query: Tensor, key: Tensor, shift: Tensor, mass: Tensor, scale:
     progress = torch.zeros(units + 1, dtype=torch.int32, device=query.device)
     where, sizes = _where(query, key, scale), _sizes(query)
     with torch.cuda.device_of(query):
-        invert_kernel[(blocks, units)](
-            query, key, shift, inverse, sink_size, *where,
-            **sizes, HALF=tile.columns // 2, num_warps=8,
-        )  # fmt: skip
+        halves = {**sizes, "HALF": tile.columns // 2, "num_warps": 4 if _narrow(query) else 8}
+        invert_kernel[(2 * blocks, units)](query, key, shift, inverse, sink_size, *where, **halves)
+        join_kernel[(blocks, units)](query, key, shift, inverse, sink_size, *where, **halves)
         chain_kernel[(blocks * units,)](
             query, key, shift, inverse, mass, progress, sink_size, units, *where,
             **sizes, STARTS=starts, **tile.options(),
@@ -202,50 +203,59 @@ def _transitions(  # type: ignore[no-untyped-def]
     return tl.where((rows[:, None] > columns[None, :]) & sends[:, None], tl.exp2(logits - shift[:, None]), 0.0)
 
 
-@triton.jit
-def _inverse(power, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(I - M)^-1 [SIZE, SIZE] of a strictly lower triangular M: the product of I + M^(2^p) for 2^p below SIZE, sums of
-    positive numbers only."""
-    at = tl.arange(0, SIZE)
-    found = power + tl.where(at[:, None] == at[None, :], 1.0, 0.0)
-    width = 2
-    while width < SIZE:
-        power = tl.dot(power, power, input_precision="tf32x3")
-        found += tl.dot(found, power, input_precision="tf32x3")
-        width *= 2
-    return found
-
-
 @triton.jit(do_not_specialize=_COUNTS)
 def invert_kernel(  # type: ignore[no-untyped-def]
     query, key, shift, inverse, sinks,
     query_batch, query_head, query_row, key_batch, key_head, key_row, scale, n, heads, group,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One program: (I - M)^-1 of one block on the diagonal of one head, of its halves and from these."""
-    upper = tl.program_id(0) * 2 * HALF
-    lower = upper + HALF
+    """One program: (I - M)^-1 of the upper left or the lower right half of one block on the diagonal of one head.
+
+    M is strictly lower triangular: the inverse is the product of I + M^(2^p) for 2^p below HALF, sums of positive
+    numbers only.
+    """
+    first = tl.program_id(0) * HALF
     unit = tl.program_id(1).to(tl.int64)
     queries = query + unit // heads * query_batch + unit % heads * query_head
     keys = key + unit // heads * key_batch + unit % heads // group * key_head
-    shifts = shift + unit * n
+    power = _transitions(
+        queries, query_row, keys, key_row, shift + unit * n, first, first, n, sinks, scale, DIM, BLOCK_D, COMPUTE, HALF
+    )
+    at = tl.arange(0, HALF)
+    found = power + tl.where(at[:, None] == at[None, :], 1.0, 0.0)
+    width = 2
+    while width < HALF:
+        power = tl.dot(power, power, input_precision="tf32x3")
+        found += tl.dot(found, power, input_precision="tf32x3")
+        width *= 2
+    block = unit * (tl.num_programs(0) // 2) + tl.program_id(0) // 2
+    place = inverse + block * 4 * HALF * HALF + at[:, None] * 2 * HALF + at[None, :]
+    tl.store(place + tl.program_id(0) % 2 * (2 * HALF * HALF + HALF), found)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def join_kernel(  # type: ignore[no-untyped-def]
+    query, key, shift, inverse, sinks,
+    query_batch, query_head, query_row, key_batch, key_head, key_row, scale, n, heads, group,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """One program: the rest of the inverse of one block, from those of its halves: zeros, and the lower left, which is
+    the lower half's times M times the upper half's."""
+    first = tl.program_id(0) * 2 * HALF
+    unit = tl.program_id(1).to(tl.int64)
+    queries = query + unit // heads * query_batch + unit % heads * query_head
+    keys = key + unit // heads * key_batch + unit % heads // group * key_head
+    across = _transitions(
+        queries, query_row, keys, key_row, shift + unit * n, first + HALF, first, n, sinks, scale,
+        DIM, BLOCK_D, COMPUTE, HALF,
+    )  # fmt: skip
     at = tl.arange(0, HALF)
     place = inverse + (unit * tl.num_programs(0) + tl.program_id(0)) * 4 * HALF * HALF
     place += at[:, None] * 2 * HALF + at[None, :]
-    early = _inverse(
-        _transitions(queries, query_row, keys, key_row, shifts, upper, upper, n, sinks, scale,
-                     DIM, BLOCK_D, COMPUTE, HALF), HALF)  # fmt: skip
-    tl.store(place, early)
+    across = tl.dot(across, tl.load(place), input_precision="tf32x3")
+    across = tl.dot(tl.load(place + 2 * HALF * HALF + HALF), across, input_precision="tf32x3")
+    tl.store(place + 2 * HALF * HALF, across)
     tl.store(place + HALF, tl.zeros([HALF, HALF], tl.float32))
-    late = _inverse(
-        _transitions(queries, query_row, keys, key_row, shifts, lower, lower, n, sinks, scale,
-                     DIM, BLOCK_D, COMPUTE, HALF), HALF)  # fmt: skip
-    tl.store(place + 2 * HALF * HALF + HALF, late)
-    across = _transitions(
-        queries, query_row, keys, key_row, shifts, lower, upper, n, sinks, scale, DIM, BLOCK_D, COMPUTE, HALF
-    )
-    both = tl.dot(tl.dot(late, across, input_precision="tf32x3"), early, input_precision="tf32x3")
-    tl.store(place + 2 * HALF * HALF, both)
 
 
 @triton.jit
@@ -254,7 +264,7 @@ def _taken(  # type: ignore[no-untyped-def]
     CAUSAL: tl.constexpr, STARTS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """one and two [columns, BLOCK_M] with what rows begin to end give the columns: given and given + length times their
+    """one and two [columns] with what rows begin to end give the columns: given and given + length times their
     attention. The last rows come first, so that the order of a sum does not depend on how its rows come in parts. What
     a tile of rows gives is loaded while the one before it is multiplied, and from the cache that all programs share,
     since others may have written it."""
@@ -281,9 +291,9 @@ def _taken(  # type: ignore[no-untyped-def]
         weights = tl.exp2(tl.dot(seen, tl.trans(asked), input_precision="ieee") * scale - shift[None, :])
         if CAUSAL:
             weights = tl.where(columns[:, None] <= here[None, :], weights, 0.0)
-        one += weights * gives_one[None, :]
+        one += tl.sum(weights * gives_one[None, :], 1)
         if STARTS == 2:
-            two += weights * gives_two[None, :]
+            two += tl.sum(weights * gives_two[None, :], 1)
     return one, two
 
 
@@ -309,7 +319,7 @@ def chain_kernel(  # type: ignore[no-untyped-def]
     at = tl.arange(0, BLOCK_N)
     columns = first + at
     seen = _rows(keys, key_row, first, n, DIM, BLOCK_N, BLOCK_D, COMPUTE)
-    one = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    one = tl.zeros([BLOCK_N], tl.float32)
     two = one
     # Rows from here on are taken.
     end = blocks * BLOCK_N
@@ -323,10 +333,10 @@ def chain_kernel(  # type: ignore[no-untyped-def]
         end = begin
     here = columns < n
     inverted = tl.load(inverse + (unit * blocks + block) * BLOCK_N * BLOCK_N + at[:, None] * BLOCK_N + at[None, :])
-    entering = tl.load(line + columns, mask=here, other=0.0) + tl.sum(one, 1)
+    entering = tl.load(line + columns, mask=here, other=0.0) + one
     tl.store(line + columns, tl.sum(entering[:, None] * inverted, 0), mask=here)
     if STARTS == 2:
-        entering = tl.load(line + n + columns, mask=here, other=0.0) + tl.sum(two, 1)
+        entering = tl.load(line + n + columns, mask=here, other=0.0) + two
         tl.store(line + n + columns, tl.sum(entering[:, None] * inverted, 0), mask=here)
     # All threads have written before one says so.
     tl.debug_barrier()
@@ -350,7 +360,7 @@ def received_kernel(  # type: ignore[no-untyped-def]
     totals = total + unit * length - first
     line = given + unit * STARTS * length - first
     seen = _rows(keys, key_row, column, n, DIM, BLOCK_N, BLOCK_D, COMPUTE)
-    one = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    one = tl.zeros([BLOCK_N], tl.float32)
     two = one
     # Rows among the columns, then those behind them.
     begin = tl.maximum(first, column)
@@ -364,6 +374,6 @@ def received_kernel(  # type: ignore[no-untyped-def]
         False, STARTS, DIM, BLOCK_D, COMPUTE, BLOCK_M,
     )  # fmt: skip
     there = received + unit * STARTS * columns + at
-    tl.store(there, tl.sum(one, 1), mask=at < columns)
+    tl.store(there, one, mask=at < columns)
     if STARTS == 2:
-        tl.store(there + columns, tl.sum(two, 1), mask=at < columns)
+        tl.store(there + columns, two, mask=at < columns)

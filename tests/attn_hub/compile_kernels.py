@@ -18,6 +18,7 @@ from cache_hub.eviction.blocked_kernels import (
     SPREAD_TWO,
     chain_kernel,
     invert_kernel,
+    join_kernel,
     log_sums_kernel,
     received_kernel,
 )
@@ -139,15 +140,17 @@ def compile_chain(capability: int, dtype: str, dim: int, starts: int) -> None:
     given |= {"progress": "*i32", "scale": "fp32"}
     sizes = {"DIM": dim, "BLOCK_D": dim, "COMPUTE": tl.bfloat16 if narrow else tl.float32, "STARTS": starts}
     sums, spread = (LOG_SUMS, SPREAD if starts == 1 else SPREAD_TWO) if narrow else (LONG_LOG_SUMS, LONG_SPREAD)
+    halves = {"HALF": spread.columns // 2, "num_warps": 4 if narrow else 8}
     for kernel, tiles in (
         (log_sums_kernel, sums.options()),
-        (invert_kernel, {"HALF": spread.columns // 2, "num_warps": 8}),
+        (invert_kernel, halves),
+        (join_kernel, halves),
         (chain_kernel, spread.options()),
         (received_kernel, spread.options()),
     ):
         types = {name: kind for name, kind in given.items() if name in kernel.arg_names}
         constants = {name: value for name, value in (sizes | tiles).items() if name in kernel.arg_names}
-        options = {name: value for name, value in tiles.items() if name.startswith("num_")}
+        options = {name: value for name, value in tiles.items() if name in ("num_warps", "num_stages", "maxnreg")}
         compile_kernel(kernel, capability, types, constants, **options)
 
 

@@ -1,5 +1,6 @@
 """Caches that keep a budget of each prompt: what they keep, and that they attend to all of it, and to nothing else."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -221,11 +222,11 @@ def test_equal_scorers_score_a_prompt_once(monkeypatch: pytest.MonkeyPatch) -> N
     together = [made(name, run, budget=budget) for name in ("snapkv", "h2o") for budget in budgets]
     share_scores(together)
     prompt = max(run.lengths)
-    for b in range(2):
-        for layer in range(LAYERS):
-            for cache in together:
-                states = (part[layer, b : b + 1, :prompt] for part in (run.q, run.k, run.v))
-                cache.prefill_update_kv_cache(*states, layer, b)
+    with torch.inference_mode():  # as a prefill
+        run.q, run.k, run.v = run.q.clone(), run.k.clone(), run.v.clone()
+        for b, layer, cache in itertools.product(range(2), range(LAYERS), together):
+            states = (part[layer, b : b + 1, :prompt] for part in (run.q, run.k, run.v))
+            cache.prefill_update_kv_cache(*states, layer, b)
     assert scored == {"snapkv": LAYERS * 2, "h2o": LAYERS * 2}
     for one, other in zip(alone, together, strict=True):
         for layer, b, head in np.ndindex(LAYERS, 2, run.kv_heads):
