@@ -32,7 +32,7 @@ class Tile(NamedTuple):
         return {**tile, "num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
-LOG_SUMS, SPREAD, SPREAD_TWO = Tile(128, 64, 8), Tile(64, 128, 8), Tile(64, 128, 8)
+LOG_SUMS, SPREAD = Tile(128, 64, 8), Tile(64, 128, 4)
 # Of rows too long for those, such as all of float32.
 LONG_LOG_SUMS, LONG_SPREAD = Tile(64, 32, 8), Tile(32, 64, 8)
 
@@ -64,7 +64,7 @@ def triton_solve(query: Tensor, key: Tensor, shift: Tensor, mass: Tensor, scale:
             triton_solve(query, key, shift, solved, scale, sink_size)
             pair.copy_(solved)
         return
-    tile = _spread_tile(query, starts)
+    tile = _spread_tile(query)
     units, blocks = batch * heads, triton.cdiv(n, tile.columns)
     inverse = torch.empty(units, blocks, tile.columns, tile.columns, device=query.device)
     shift = shift.contiguous()
@@ -94,7 +94,7 @@ def triton_received(
     given = torch.ones_like(total).unsqueeze(2) if given is None else given.float().contiguous()
     starts = given.shape[2]
     received = torch.empty(batch, heads, starts, columns, device=query.device)
-    tile = _spread_tile(query, starts)
+    tile = _spread_tile(query)
     with torch.cuda.device_of(query):
         received_kernel[(triton.cdiv(columns, tile.columns), batch * heads)](
             query, key, total.float().contiguous(), given, received, n - total.shape[2], columns,
@@ -113,8 +113,8 @@ def _narrow(query: Tensor) -> bool:
     return query.shape[3] * query.element_size() <= 256
 
 
-def _spread_tile(query: Tensor, starts: int) -> Tile:
-    return LONG_SPREAD if not _narrow(query) else SPREAD if starts == 1 else SPREAD_TWO
+def _spread_tile(query: Tensor) -> Tile:
+    return SPREAD if _narrow(query) else LONG_SPREAD
 
 
 def _sizes(query: Tensor) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from cache_hub.eviction.blocked_kernels import (
     LONG_LOG_SUMS,
     LONG_SPREAD,
     SPREAD,
-    SPREAD_TWO,
     chain_kernel,
     invert_kernel,
     join_kernel,
@@ -139,7 +138,7 @@ def compile_chain(capability: int, dtype: str, dim: int, starts: int) -> None:
     given |= dict.fromkeys(("total", "others", "shift", "inverse", "mass", "given", "received"), "*fp32")
     given |= {"progress": "*i32", "scale": "fp32"}
     sizes = {"DIM": dim, "BLOCK_D": dim, "COMPUTE": tl.bfloat16 if narrow else tl.float32, "STARTS": starts}
-    sums, spread = (LOG_SUMS, SPREAD if starts == 1 else SPREAD_TWO) if narrow else (LONG_LOG_SUMS, LONG_SPREAD)
+    sums, spread = (LOG_SUMS, SPREAD) if narrow else (LONG_LOG_SUMS, LONG_SPREAD)
     halves = {"HALF": spread.columns // 2, "num_warps": 4 if narrow else 8}
     for kernel, tiles in (
         (log_sums_kernel, sums.options()),
