@@ -83,6 +83,16 @@ class Estimates:
             draws = draws + self._mean_draws(base, part) - self._mean_draws(row, part)
         return interval(value, draws)
 
+    def difference(self, row: str, other: str, weights: Weights) -> Interval | None:
+        """A row's weighted mean less another's, on the same samples, in points. None where the other lacks a task or
+        was run on another number of samples."""
+        for where in weights:
+            entries = self.group.entries.get((row, *where)), self.group.entries.get((other, *where))
+            if entries[0] is None or entries[1] is None or len(entries[0].scores) != len(entries[1].scores):
+                return None
+        value = self._mean(row, weights) - self._mean(other, weights)
+        return interval(value, self._mean_draws(row, weights) - self._mean_draws(other, weights))
+
     def averages(self, length: int | None) -> dict[str, Average]:
         """The benchmark's means over the tasks that any row has at a length."""
         return averages(self.group.benchmark, self.group.tasks(length))
