@@ -25,15 +25,13 @@ class Tile(NamedTuple):
     columns: int
     warps: int
     stages: int = 3
-    registers: int | None = None  # of a thread at most
 
-    def options(self) -> dict[str, int | None]:
-        tile = {"BLOCK_M": self.rows, "BLOCK_N": self.columns}
-        return {**tile, "num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+    def options(self) -> dict[str, int]:
+        return {"BLOCK_M": self.rows, "BLOCK_N": self.columns, "num_warps": self.warps, "num_stages": self.stages}
 
 
 LOG_SUMS, SPREAD = Tile(128, 64, 8), Tile(64, 128, 4)
-# Of rows too long for those, such as all of float32.
+# Of rows too long for those, such as 128 numbers of float32.
 LONG_LOG_SUMS, LONG_SPREAD = Tile(64, 32, 8), Tile(32, 64, 8)
 
 

@@ -133,11 +133,16 @@ def compile_pruned(capability: int, dim: int, group: int, run: int, clusters: in
 
 def compile_chain(capability: int, dtype: str, dim: int, starts: int) -> None:
     """The kernels of the blocked chain, with the tiles of a type and row."""
-    narrow = dtype == "*bf16"
+    narrow = dim * {"*bf16": 2, "*fp32": 4}[dtype] <= 256
     given = dict.fromkeys(("query", "key"), dtype)
     given |= dict.fromkeys(("total", "others", "shift", "inverse", "mass", "given", "received"), "*fp32")
     given |= {"progress": "*i32", "scale": "fp32"}
-    sizes = {"DIM": dim, "BLOCK_D": dim, "COMPUTE": tl.bfloat16 if narrow else tl.float32, "STARTS": starts}
+    sizes = {
+        "DIM": dim,
+        "BLOCK_D": dim,
+        "COMPUTE": {"*bf16": tl.bfloat16, "*fp32": tl.float32}[dtype],
+        "STARTS": starts,
+    }
     sums, spread = (LOG_SUMS, SPREAD) if narrow else (LONG_LOG_SUMS, LONG_SPREAD)
     halves = {"HALF": spread.columns // 2, "num_warps": 4 if narrow else 8}
     for kernel, tiles in (
@@ -149,7 +154,7 @@ def compile_chain(capability: int, dtype: str, dim: int, starts: int) -> None:
     ):
         types = {name: kind for name, kind in given.items() if name in kernel.arg_names}
         constants = {name: value for name, value in (sizes | tiles).items() if name in kernel.arg_names}
-        options = {name: value for name, value in tiles.items() if name in ("num_warps", "num_stages", "maxnreg")}
+        options = {name: value for name, value in tiles.items() if name.startswith("num_")}
         compile_kernel(kernel, capability, types, constants, **options)
 
 
@@ -211,6 +216,7 @@ if __name__ == "__main__":
         compile_kernel(pair_scores_kernel, capability, pairs, {"BLOCK_P": 32, "BLOCK_D": 128})
         compile_chain(capability, "*bf16", 128, 1)
         compile_chain(capability, "*bf16", 64, 2)
+        compile_chain(capability, "*fp32", 64, 1)
         compile_chain(capability, "*fp32", 128, 2)
         walks = {"cumulative": "*i32", "starts": "*i32", "absorbing": "*u8", "counts": "*i64"}
         for seed in ("i32", "i64"):
