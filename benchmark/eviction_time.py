@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> str:
     if args.rounds < 1:
         raise ValueError(f"rounds: got {args.rounds}, allowed: >= 1")
     scorers = {name: scorer_of(name) for name in dict.fromkeys(args.methods.split(","))}
-    least = 1 + max(scorer.sinks + scorer.window for scorer in scorers.values())
+    least = max(scorer.sinks + scorer.window for scorer in scorers.values())
     if min(lengths) <= least:
         raise ValueError(f"lengths: got {min(lengths)}, allowed: more than {least}, what is always kept")
     protocol = {name: getattr(args, name) for name in ("shape", "dense", "methods", "rounds", "device")}
@@ -142,7 +142,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         for name, time in ms.items():
             lines.append(
                 f"| {name} | {time:.2f} | {100 * time / ms[LAYER]:.1f} % | {time / ms[ATTENTION]:.2f} | "
-                f"{row['bytes'].get(name, 0) / 2**20:.0f} |"
+                + (f"{row['bytes'][name] / 2**20:.0f} |" if name in row["bytes"] else "|")
             )
     return "\n".join(lines[1:])
 

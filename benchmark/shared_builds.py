@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cache_hub import KV_Cache, build_key
-from cache_hub.eviction.shared_scores import share_scores
+from cache_hub.eviction.shared_scores import shared_scores
 from config import RetroInferConfig, with_estimation
 from model_hub import LLM
 
@@ -56,8 +56,8 @@ class PrefilledCaches:
         largest = [(variant.strategy, variant.settings) for variant in map(_largest, self._builds)]
         llm.check_memory(largest, [length] * batch, max_new_length, batch)
         self._caches = llm.init_caches(first, [length] * batch, max_new_length, batch, diagnose)
-        share_scores(self._caches)
-        self.logits = llm.prefill(ids.to(llm.device), None, self._caches, batch)
+        with shared_scores(self._caches):
+            self.logits = llm.prefill(ids.to(llm.device), None, self._caches, batch)
         self.build_seconds = sum(cache.stats.seconds["build"] for cache in self._caches)
 
     def __iter__(self) -> Iterator[tuple[str, KV_Cache]]:

@@ -119,7 +119,8 @@ def run(args: argparse.Namespace) -> str:
             raise ValueError(f"{key}: got {value!r}, but {flag} sets it; allowed: one of them")
     args.set = [*(args.set or ()), *kept.items()]
     settings = RetroInferConfig(**config_from_args(args, model, 1 << 17)["RetroInfer"])
-    folder = args.save_dir / f"{Path(model).name.lower()}_{capacity}"
+    budget = args.max_capacity_prompts_ratio if "eviction.budget_share" in kept and capacity == -1 else capacity
+    folder = args.save_dir / f"{Path(model).name.lower()}_{budget}"
     job = Job(
         model=model,
         datasets=choose_datasets(args.datasets),

@@ -1,10 +1,10 @@
 """Methods that keep a budget, side by side: python -m benchmark.report.budgets RESULTS... --against snapkv
 
-RESULTS are folders of benchmark.runner. One Markdown table for each folder: a line for each method, a column for each
-budget (what stands behind the @ of a strategy's name), the benchmark's mean over tasks, and in brackets the paired
-difference from the method --against at the same budget, with its 95 % percentile bootstrap interval over the samples
-within each task; bold where that leaves out 0. Strategies without a budget follow, with the tokens that they attended
-to. Exit status 2: bad input.
+RESULTS are folders of benchmark.runner. One Markdown table for each folder and mean: a line for each method, a column
+for each budget (what stands behind the @ of a strategy's name), the benchmark's mean over tasks (- where some are
+missing), and in brackets the paired difference from the method --against at the same budget, with its 95 % percentile
+bootstrap interval over the samples within each task; bold where that leaves out 0. Strategies without a budget follow,
+with the tokens that they attended to. Exit status 2: bad input.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def budget_table(group: Group, length: int | None, kind: str, against: str) -> s
         lines.append(f"| {method} | {' | '.join(cells)} |")
     for row in others:
         average = estimates.average(row, length, kind)
-        assert average is not None
+        if average is None or average[0].label != label:
+            continue
         shares = [group.entries[(row, *where)].costs.get("attended_share", math.nan) for where in average[1]]
         attended = sum(shares) / len(shares) * (length or 100)
         about = f"{attended:.0f} tokens" if length else f"{attended:.1f} %"
@@ -89,7 +90,7 @@ def budget_table(group: Group, length: int | None, kind: str, against: str) -> s
 
 def _cell(estimates: Estimates, row: str | None, against: str | None, length: int | None, kind: str) -> str:
     found = None if row is None else estimates.average(row, length, kind)
-    if row is None or found is None:
+    if row is None or found is None or found[0].label != estimates.averages(length)[kind].label:
         return "-"
     weights = found[1]
     score = f"{estimates.score(row, weights).value:.1f}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import choose_backend
+from .checks import ROW_BYTES, choose_backend
 
 _WEIGHTS = 1 << 25
 
@@ -28,12 +28,18 @@ def causal_rows(query: Tensor, key: Tensor, start: int, stop: int) -> Tensor:
     return logits.masked_fill_(future, float("-inf")).softmax(-1)
 
 
+def rows_bytes(heads: int, kv_heads: int, head_dim: int, rows: int, tokens: int) -> int:
+    """What `causal_rows` of a prompt's last rows takes at least: logits with float32 keys, then with the softmax."""
+    logits = 4 * tokens * heads * rows
+    return logits + max(logits, 4 * tokens * kv_heads * head_dim)
+
+
 def received_mass(query: Tensor, key: Tensor, block: int = 0, backend: str = "auto") -> Tensor:
     """The sum of all rows of the causal attention, [B, Hkv, g, n] float32; with torch `block` rows are held at a time,
     0: as many as have 2^25 weights. backend: "torch", "triton" on CUDA but for float64, "auto": the latter where it can
     be. Raises ValueError for another."""
     batch, tokens, kv_heads, dim = key.shape
-    if choose_backend(backend, query) == "triton":
+    if choose_backend(backend, query, ROW_BYTES) == "triton":
         from .blocked_kernels import triton_log_sums, triton_received
 
         states, scale = (query.transpose(1, 2), key.transpose(1, 2)), dim**-0.5

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import causal_rows, received_mass
+from .attention import causal_rows, received_mass, rows_bytes
 from .scorer import Pooling, Reduction, Scorer, over_group, pooled
 
 if TYPE_CHECKING:
     from config import RetroInferConfig
+
+    from ..memory import RunShape
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class SnapKV(Scorer):
         tokens = key.shape[1]
         rows = causal_rows(query, key, tokens - self.window, tokens)[..., : -self.window]
         return F.pad(pooled(over_group(rows.sum(3), self.group), self.kernel_size, self.pooling), (0, self.window))
+
+    def scratch_bytes(self, shape: RunShape, cuda: bool) -> int:
+        return rows_bytes(shape.heads, shape.kv_heads, shape.head_dim, self.window, shape.longest)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ positive numbers only, and loses nothing where a token attends to hardly anythin
 y_j / (1 - gamma Q_jj).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from .blocked_reference import own_logits, torch_log_sums, torch_solve
 from .chain_inputs import raise_absorbing, start_distribution
-from .checks import check_gamma, check_sinks, check_temperature, choose_backend
+from .checks import ROW_BYTES, check_gamma, check_sinks, check_temperature, choose_backend
 
 
 @torch.no_grad()
@@ -49,7 +51,8 @@ def blocked_chain_scores(
     log-sum-exp of the rows, [B, H, n], as flash attention returns it; without it, or at a temperature other than 1,
     which has a normaliser of its own, it is computed by one more pass. scale is D^-0.5 unless given. Several starts
     share a pass: the scores are then [B, H, k, n]. probability: of ever coming to a token, as `visit_probabilities`, in
-    place of the visits. backend: "torch", "triton" on CUDA but for float64, "auto": the latter where it can be.
+    place of the visits. backend: "torch", "triton" on CUDA but for float64 and rows of more than 1,024 bytes, "auto":
+    the latter where it can be.
 
     Raises ValueError as `absorbing_chain_scores`, and for shapes that do not fit, an unknown backend, and inputs with
     NaN or infinity. A token may attend to hardly anything but itself, as some of real models do: what leaves it,
@@ -59,7 +62,7 @@ def blocked_chain_scores(
     """
     check_gamma(gamma)
     logit_scale = _scale(query, key, temperature, scale)
-    chosen = choose_backend(backend, query)
+    chosen = choose_backend(backend, query, ROW_BYTES)
     n = query.shape[2]
     check_sinks(sink_size, n)
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -68,7 +71,7 @@ def blocked_chain_scores(
         lse, others = _log_sums(query, key, logit_scale, chosen)
         leaving = (others - lse).exp_().mul_(gamma).add_(1 - gamma)
         # With gamma 1 this is `others` itself, also where `leaving` underflows.
-        shift = others if gamma == 1 else lse + leaving.log() - torch.tensor(gamma).log()
+        shift = others if gamma == 1 else lse + leaving.log() - math.log(gamma)
     elif lse.shape == query.shape[:3]:
         lse = lse.to(dtype)
         leaving = 1 - gamma * (own_logits(query, key, logit_scale) - lse).exp_()
@@ -80,6 +83,8 @@ def blocked_chain_scores(
     leaving[..., :sink_size] = 1
     shift[..., :sink_size] = torch.inf
     starts = start if isinstance(start, tuple) else (start,)
+    if not starts:
+        raise ValueError("start: got none, allowed: at least one")
     masses = [start_distribution(each, n, sink_size, window, dtype, query.device) for each in starts]
     scores = torch.stack([mass.expand(query.shape[:3]) for mass in masses], 2)
     if chosen == "triton":
@@ -102,8 +107,14 @@ def self_transitions(
     return own_logits(query, key, _scale(query, key, temperature, scale)).sub_(lse).exp_()
 
 
+def solve_bytes(heads: int, tokens: int, row_bytes: int) -> int:
+    """What the kernels of `blocked_chain_scores` take for tokens of `heads` query heads, rows of so many bytes: the
+    inverses of blocks of 128, or 64 where rows are longer than 256 bytes, and four float32 of a token and head."""
+    return heads * tokens * ((512 if row_bytes <= 256 else 256) + 16)
+
+
 def _log_sums(query: Tensor, key: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    if choose_backend(backend, query) == "triton":
+    if choose_backend(backend, query, ROW_BYTES) == "triton":
         from .blocked_kernels import triton_log_sums
 
         return triton_log_sums(query, key, scale)

@@ -37,10 +37,11 @@ LONG_LOG_SUMS, LONG_SPREAD = Tile(64, 32, 8), Tile(32, 64, 8)
 
 def triton_log_sums(query: Tensor, key: Tensor, scale: float, first: int = 0) -> tuple[Tensor, Tensor]:
     """`torch_log_sums` by a kernel: log-sum-exp [B, H, n - first] float32 of the causal rows from `first` on, and that
-    of the row without its own token, -inf for token 0. query [B, H, n, D], key [B, Hkv, n, D], rows of D contiguous."""
+    of the row without its own token, -inf for token 0. query [B, H, n, D], key [B, Hkv, n, D]."""
     batch, heads, n, _ = query.shape
     total, others = (torch.empty(batch, heads, n - first, device=query.device) for _ in range(2))
     tile = LOG_SUMS if _narrow(query) else LONG_LOG_SUMS
+    query, key = _with_whole_rows(query), _with_whole_rows(key)
     with torch.cuda.device_of(query):
         log_sums_kernel[(triton.cdiv(n - first, tile.rows), batch * heads)](
             query, key, total, others, first, *_where(query, key, scale), **_sizes(query), **tile.options()
@@ -62,7 +63,7 @@ def triton_solve(query: Tensor, key: Tensor, shift: Tensor, mass: Tensor, scale:
             triton_solve(query, key, shift, solved, scale, sink_size)
             pair.copy_(solved)
         return
-    tile = _spread_tile(query)
+    query, key, tile = _with_whole_rows(query), _with_whole_rows(key), _spread_tile(query)
     units, blocks = batch * heads, triton.cdiv(n, tile.columns)
     inverse = torch.empty(units, blocks, tile.columns, tile.columns, device=query.device)
     shift = shift.contiguous()
@@ -92,13 +93,17 @@ def triton_received(
     given = torch.ones_like(total).unsqueeze(2) if given is None else given.float().contiguous()
     starts = given.shape[2]
     received = torch.empty(batch, heads, starts, columns, device=query.device)
-    tile = _spread_tile(query)
+    query, key, tile = _with_whole_rows(query), _with_whole_rows(key), _spread_tile(query)
     with torch.cuda.device_of(query):
         received_kernel[(triton.cdiv(columns, tile.columns), batch * heads)](
             query, key, total.float().contiguous(), given, received, n - total.shape[2], columns,
             *_where(query, key, scale), **_sizes(query), STARTS=starts, **tile.options(),
         )  # fmt: skip
     return received
+
+
+def _with_whole_rows(states: Tensor) -> Tensor:
+    return states if states.stride(3) == 1 else states.contiguous()
 
 
 def _where(query: Tensor, key: Tensor, scale: float) -> tuple[float, ...]:
@@ -265,11 +270,11 @@ def _taken(  # type: ignore[no-untyped-def]
     """one and two [columns] with what rows begin to end give the columns: given and given + length times their
     attention. The last rows come first, so that the order of a sum does not depend on how its rows come in parts. What
     a tile of rows gives is loaded while the one before it is multiplied, and from the cache that all programs share,
-    since others may have written it."""
+    since others may have written it. Rows of the first tile that are not asked for weigh exp(-inf)."""
     tiles = tl.cdiv(end - begin, BLOCK_M)
     rows = begin + (tiles - 1) * BLOCK_M + tl.arange(0, BLOCK_M)
     sends = (rows >= sinks) & (rows >= begin) & (rows < end)
-    next_shift = tl.load(shifts + rows, mask=sends, other=0.0)
+    next_shift = tl.load(shifts + rows, mask=sends, other=float("inf"))
     next_one = tl.load(given + rows, mask=sends, other=0.0, cache_modifier=".cg")
     next_two = next_one
     if STARTS == 2:
@@ -282,7 +287,7 @@ def _taken(  # type: ignore[no-untyped-def]
         asked = _rows(queries, query_row, begin + (tiles - 1 - tile) * BLOCK_M, n, DIM, BLOCK_M, BLOCK_D, COMPUTE)
         rows -= BLOCK_M
         sends = (rows >= sinks) & (rows >= begin)
-        next_shift = tl.load(shifts + rows, mask=sends, other=0.0)
+        next_shift = tl.load(shifts + rows, mask=sends, other=float("inf"))
         next_one = tl.load(given + rows, mask=sends, other=0.0, cache_modifier=".cg")
         if STARTS == 2:
             next_two = tl.load(given + length + rows, mask=sends, other=0.0, cache_modifier=".cg")
@@ -332,9 +337,12 @@ def chain_kernel(  # type: ignore[no-untyped-def]
     here = columns < n
     inverted = tl.load(inverse + (unit * blocks + block) * BLOCK_N * BLOCK_N + at[:, None] * BLOCK_N + at[None, :])
     entering = tl.load(line + columns, mask=here, other=0.0) + one
+    # A thread writes what others have read.
+    tl.debug_barrier()
     tl.store(line + columns, tl.sum(entering[:, None] * inverted, 0), mask=here)
     if STARTS == 2:
         entering = tl.load(line + n + columns, mask=here, other=0.0) + two
+        tl.debug_barrier()
         tl.store(line + n + columns, tl.sum(entering[:, None] * inverted, 0), mask=here)
     # All threads have written before one says so.
     tl.debug_barrier()

@@ -10,8 +10,8 @@ from torch import Tensor
 
 # Rows solved together, and weights of attention held at a time over all heads: 64 MiB of float32.
 _BLOCK, _TILE = 256, 1 << 24
-# Tokens whose logits for themselves are made together: with 32 heads of 128, float32, 128 MiB.
-_TOKENS = 8192
+# Tokens whose logits for themselves are made together: with 32 heads of 128 in float32 64 MiB, and as much of queries.
+_TOKENS = 4096
 _MIXED_PRODUCTS = "dtype" in torch.ops.aten.bmm.overloads()
 
 

@@ -79,7 +79,11 @@ class EvictionCache(StagedCache):
             room = min(max(budgets), shape.longest + new)
         else:
             room = min(max(budgets), shape.longest) + new
-        return [Need(device, "keys and values", 2 * shape.batch * room * shape.row_bytes)]
+        needs = [Need(device, "keys and values", 2 * shape.batch * room * shape.row_bytes)]
+        scratch = shape.prefill_bsz * o["scorer"].scratch_bytes(shape, device.type == "cuda")
+        if scratch and shape.longest > max(budgets):
+            needs.append(Need(device, "the scores of a layer's prompt", scratch, "build"))
+        return needs
 
     def _room(self, layer: int, tokens: int) -> int:
         """Rows for a prompt of so many tokens and what is generated behind it."""

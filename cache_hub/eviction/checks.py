@@ -7,6 +7,8 @@ from torch import Tensor
 
 # How far a row's sum may lie from 1 before it is refused; attention of 16 bits, or once of 16 bits, is 2^-9 off.
 _TOLERANCE = 1e-2
+# Of queries and keys, with which the tiles of the blocked kernels fit in the shared memory of a GPU.
+ROW_BYTES = 1024
 
 
 def check_causal(attention: Tensor, name: str = "attention") -> None:
@@ -53,13 +55,15 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature: got {temperature}, allowed: above 0 and finite")
 
 
-def choose_backend(name: str, tensor: Tensor) -> str:
-    """The backend of that name, or for "auto" triton where the tensor lies on CUDA and is not float64, else torch.
-    Raises ValueError for one that cannot be used there."""
-    fitting = ("triton", "torch") if tensor.is_cuda and tensor.dtype != torch.float64 else ("torch",)
+def choose_backend(name: str, tensor: Tensor, row_bytes: int | None = None) -> str:
+    """The backend of that name, or for "auto" triton where the tensor lies on CUDA, is not float64, and has rows of at
+    most row_bytes if that is given; else torch. Raises ValueError for one that cannot be used there."""
+    narrow = row_bytes is None or tensor.shape[-1] * tensor.element_size() <= row_bytes
+    fitting = ("triton", "torch") if tensor.is_cuda and tensor.dtype != torch.float64 and narrow else ("torch",)
     if name == "auto":
         return fitting[0]
     if name not in fitting:
         allowed = ", ".join(map(repr, ("auto", *fitting)))
-        raise ValueError(f"backend: got {name!r} for {tensor.dtype} on {tensor.device}, allowed there: {allowed}")
+        what = f"{tensor.dtype}, rows of {tensor.shape[-1]}, on {tensor.device}"
+        raise ValueError(f"backend: got {name!r} for {what}, allowed there: {allowed}")
     return name

@@ -15,8 +15,8 @@ from torch import Tensor
 from config import ConfigError
 from config.eviction import CircuitRows, CircuitScore
 
-from .attention import causal_rows
-from .blocked import blocked_chain_scores
+from .attention import causal_rows, rows_bytes
+from .blocked import blocked_chain_scores, solve_bytes
 from .chain import (
     absorbing_chain_scores,
     compute_transition_matrix,
@@ -34,6 +34,8 @@ from .walks import batched_walk_simulation, causal_influence_walk, simulate_walk
 
 if TYPE_CHECKING:
     from config import RetroInferConfig
+
+    from ..memory import RunShape
 
 _STARTS = {"query": "query", "hub": "uniform", "window": "window"}
 
@@ -68,6 +70,14 @@ class CircuitKV(Scorer):
         first, last = self.sinks, key.shape[1] - self.window
         between = pooled(scores[..., first:last], self.kernel_size, self.pooling)
         return torch.cat((scores[..., :first], between, scores[..., last:]), -1)
+
+    def scratch_bytes(self, shape: RunShape, cuda: bool) -> int:
+        if self.kind == "direct" or (self.rows == "window" and not cuda):
+            return rows_bytes(shape.heads, shape.kv_heads, shape.head_dim, self.observed, shape.longest)
+        if self.rows == "window":
+            # Ten float64 of a token and head.
+            return 80 * shape.heads * shape.longest
+        return solve_bytes(shape.heads, shape.longest, shape.head_dim * shape.dtype.itemsize) if cuda else 0
 
     def _by_query_head(self, query: Tensor, key: Tensor) -> Tensor:
         """[B, Hkv, g, n]"""

@@ -12,6 +12,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from config import RetroInferConfig
 
+    from ..memory import RunShape
+
 Reduction = Literal["mean", "max"]
 Pooling = Literal["max", "average", "none"]
 
@@ -41,6 +43,10 @@ class Scorer(ABC):
     def capacity(self, budget: int, layer: int, layers: int, tokens: int) -> int:
         """How many of a prompt's tokens layer `layer` of `layers` keeps; tokens > budget."""
         return budget
+
+    def scratch_bytes(self, shape: RunShape, cuda: bool) -> int:
+        """Of a layer's longest prompt at least, beside its states, while it is scored."""
+        return 0
 
     def priority(self, positions: Tensor, mass: Tensor) -> Tensor:
         """[B, Hkv, C]: the kept token of which it is least is the next to go. positions int32 of the tokens in their

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .attention import causal_rows
 from .chain_inputs import raise_absorbing, start_distribution
-from .checks import check_gamma, choose_backend
+from .checks import ROW_BYTES, check_gamma, choose_backend
 from .linear_recurrence import following, reversed_recurrence
 
 # Column sums of the window's attention are clipped to this from below, so that a prefix row of zeros stays a row.
@@ -36,6 +36,8 @@ def surrogate_chain_scores(
     check_gamma(gamma)
     attention = window_attention.to(torch.promote_types(window_attention.dtype, torch.float32))
     mass = start_distribution(start, n, sink_size, window, attention.dtype, attention.device)
+    if not bool(attention.sum().isfinite()):
+        raise ValueError("window_attention: got NaN or infinity, allowed: rows that sum to 1")
     earlier = attention[..., prefix:].tril(-1)
     # A sum, not a difference from 1: heads of real models have tokens that attend to hardly anything but themselves.
     in_window = _in_window(earlier, attention[..., :prefix].sum(-1) + earlier.sum(-1), mass, gamma)
@@ -66,7 +68,7 @@ def window_chain_scores(
     prefix = n - window
     _check_prefix(sink_size, prefix, window)
     check_gamma(gamma)
-    if choose_backend(backend, query) == "torch":
+    if choose_backend(backend, query, ROW_BYTES) == "torch":
         return surrogate_chain_scores(causal_rows(query, key, prefix, n).flatten(1, 2), start, sink_size, gamma)
     from .blocked_kernels import triton_log_sums, triton_received
 
@@ -84,6 +86,8 @@ def window_chain_scores(
 
 
 def _check_prefix(sink_size: int, prefix: int, window: int) -> None:
+    if window < 1:
+        raise ValueError(f"window: got {window}, allowed: >= 1")
     if not 1 <= sink_size <= prefix:
         raise ValueError(f"sink_size: got {sink_size}, allowed: 1 to {prefix}, the tokens before a window of {window}")
 
@@ -93,9 +97,9 @@ def _in_window(earlier: Tensor, others: Tensor, mass: Tensor, gamma: float) -> T
     the attention `others` [B, H, W] to any token before, and what starts at each token [n]."""
     first = mass.shape[0] - earlier.shape[3]
     leaving = (1 - gamma) + gamma * others
-    if not bool((leaving > 0).all() & earlier.sum().isfinite()):
+    if not bool((leaving > 0).all() & leaving.sum().isfinite() & earlier.sum().isfinite()):
         if not bool(leaving.isfinite().all() & earlier.isfinite().all()):
-            raise ValueError("window_attention: got NaN or infinity, allowed: rows that sum to 1")
+            raise ValueError("query or key: got NaN or infinity, allowed: finite values")
         raise_absorbing(leaving <= 0, first)
     system = torch.diag_embed(leaving) - gamma * earlier
     started = mass[first:].expand(*earlier.shape[:2], 1, -1)

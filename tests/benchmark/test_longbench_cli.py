@@ -236,7 +236,7 @@ def test_what_evicts_has_the_default_budget_or_a_share(data: Path, asked: list[d
     assert [share for _, share in found] == [0, 0.25, 0.25, 0]
     assert (found[0][0], found[3][0]) == (512, 128)
     assert "0.25 of the tokens of the prompt for each kv head" in asked[1]["protocol"]["budget"]
-    assert (data.parent / "out" / "tiny_-1" / "lcc" / "SnapKV.json").exists()
+    assert (data.parent / "out" / "tiny_0.25" / "lcc" / "SnapKV.json").exists()
 
 
 def test_the_budget_holds_against_a_share_of_the_models_file() -> None:

@@ -43,9 +43,18 @@ def test_folders_have_a_table_each_and_the_reference_may_be_another(tmp_path: Pa
     first = write(tmp_path / "a", {"h2o@64": [10.0, 20.0], "snapkv@64": [30.0, 40.0]})
     second = write(tmp_path / "b", {"h2o@64": [50.0, 50.0], "snapkv@64": [50.0, 50.0]}, None)
     told = run(parse_args([str(first), str(second), "--against", "h2o"])).split("\n\n")
-    assert "| snapkv | 30.0 (**+20.0 [+20.0, +20.0]**) |" not in told[0]
     assert "| snapkv | 35.0 (**+20.0 [+20.0, +20.0]**) |" in told[0]
     assert "| snapkv | 50.0 (+0.0 [+0.0, +0.0]) |" in told[1]
+
+
+def test_a_mean_over_fewer_tasks_is_left_out(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", {"snapkv@64": [30.0, 40.0], "h2o@64": [10.0, 20.0]})
+    content = json.loads((folder / "results.json").read_text())
+    content["results"]["snapkv@64"]["two"] = content["results"]["snapkv@64"]["one"]
+    (folder / "results.json").write_text(json.dumps(content))
+    lines = run(parse_args([str(folder)])).splitlines()
+    assert lines[0].startswith("| RULER, mean of 2 tasks")
+    assert lines[2:] == ["| snapkv | 35.0 |", "| h2o | - |"]
 
 
 def test_a_method_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,8 +37,9 @@ def test_blocked_is_dense(heads: int, kv_heads: int, head_dim: int, n: int) -> N
     for start in (*STARTS, torch.rand(2, heads, n, generator=torch.Generator().manual_seed(0)).double()):
         for gamma in (1.0, 0.7):
             expected = absorbing_chain_scores(attention, start, 4, 1.0, gamma, window)
-            found = blocked_chain_scores(query, key, lse, start, 4, gamma, window)
-            torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-15)
+            for known in (lse, None):
+                found = blocked_chain_scores(query, key, known, start, 4, gamma, window)
+                torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-15)
 
 
 @pytest.mark.usefixtures("tiles", "block")
@@ -195,11 +196,15 @@ def test_bad_input_is_told() -> None:
         ({"key": key.repeat(1, 2, 1, 1)}, "a divisor of 6"),
         ({"key": key.float()}, "dtypes: got query torch.float64, key torch.float32"),
         ({"lse": torch.zeros(1, 6, 19)}, r"lse: got shape \[1, 6, 19\]"),
-        ({"backend": "triton"}, "backend: got 'triton' for torch.float64 on cpu, allowed there: 'auto', 'torch'"),
+        (
+            {"backend": "triton"},
+            "backend: got 'triton' for torch.float64, rows of 64, on cpu, allowed there: 'auto', 'torch'",
+        ),
         ({"gamma": 2.0}, "gamma: got 2.0"),
         ({"temperature": -1.0}, "temperature: got -1.0"),
         ({"sink_size": 20}, "sink_size: got 20, allowed: 1 to 19"),
         ({"start": "hub"}, "start: got 'hub'"),
+        ({"start": ()}, "start: got none"),
     ):
         with pytest.raises(ValueError, match=message):
             blocked_chain_scores(**({"query": query, "key": key} | arguments))  # type: ignore[arg-type]

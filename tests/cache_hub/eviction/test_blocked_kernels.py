@@ -53,11 +53,13 @@ def test_solve(
     torch.testing.assert_close(found.cpu().double(), expected, rtol=3e-5, atol=1e-6)
 
 
-def test_more_sinks_than_a_block(device: str) -> None:
-    """Blocks of sinks alone send nothing."""
+@pytest.mark.parametrize("bias", [0.0, 40.0])
+def test_more_sinks_than_a_block(device: str, bias: float) -> None:
+    """Blocks of sinks alone send nothing; also where all logits are so large that their exponential is infinite."""
     from cache_hub.eviction.blocked_kernels import triton_solve
 
     query, key = inputs(2, 1, 64, 300, torch.bfloat16)
+    query[..., 1] = key[..., 1] = bias
     for sink_size in (64, 100, 128, 256, 299):
         shift = torch_log_sums(query.double(), key.double(), 0.2)[1]
         shift[..., :sink_size] = torch.inf
@@ -65,7 +67,8 @@ def test_more_sinks_than_a_block(device: str) -> None:
         found = expected.float().to(device)
         triton_solve(query.to(device), key.to(device), shift.float().to(device), found, 0.2, sink_size)
         torch_solve(query.double(), key.double(), shift, expected, 0.2, sink_size)
-        torch.testing.assert_close(found.cpu().double(), expected, rtol=3e-5, atol=1e-7)
+        # Logits of 320 in float32.
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=2e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -83,25 +86,30 @@ def test_received(device: str, heads: int, kv_heads: int, dim: int, n: int, dtyp
     torch.testing.assert_close(found[:, :, 0].cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [1, 9, 64, 129])
+@pytest.mark.parametrize("window", [1, 64, 100])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "n"), [(3, 1, 64, 257), (3, 3, 80, 130)])
-def test_the_last_rows_alone(device: str, heads: int, kv_heads: int, dim: int, n: int, window: int) -> None:
-    """Their sums, and what two kinds of givers among them give to the tokens before and to all."""
+@pytest.mark.parametrize("bias", [0.0, 40.0])
+def test_the_last_rows_alone(
+    device: str, heads: int, kv_heads: int, dim: int, n: int, window: int, bias: float
+) -> None:
+    """Their sums, and what two kinds of givers among them give to the tokens before and to all; also where all logits
+    are so large that their exponential is infinite. Rows whose numbers do not lie side by side, too."""
     from cache_hub.eviction.blocked_kernels import triton_log_sums, triton_received
 
-    query, key = inputs(heads, kv_heads, dim, n, torch.bfloat16)
+    query, key = (part.mT.contiguous().mT for part in inputs(heads, kv_heads, dim, n, torch.bfloat16))
+    query[..., 1] = key[..., 1] = bias
     total, others = torch_log_sums(query.double(), key.double(), 0.2)
     logits = query.double() @ key.double().repeat_interleave(heads // kv_heads, 1).mT * 0.2
     future = torch.ones(n, n, dtype=torch.bool).triu(1)
     rows = logits.masked_fill(future, -torch.inf).softmax(-1)[:, :, -window:]
     sums = triton_log_sums(query.to(device), key.to(device), 0.2, n - window)
     for found, expected in zip(sums, (total, others), strict=True):
-        torch.testing.assert_close(found.cpu().double(), expected[..., -window:], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.cpu().double(), expected[..., -window:], rtol=1e-4, atol=1e-4)
     given = torch.rand(2, heads, 2, window, generator=torch.Generator().manual_seed(0))
     for columns in (n - window, n):
         found = triton_received(query.to(device), key.to(device), sums[0], 0.2, given.to(device), columns)
         expected = (given.double() @ rows)[..., :columns]
-        torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=2e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.8])

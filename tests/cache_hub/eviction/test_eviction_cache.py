@@ -9,7 +9,7 @@ import torch
 from cache_run import LAYERS, Run, relative_error
 
 from cache_hub import STRATEGIES, EvictionCache, make_cache
-from cache_hub.eviction.shared_scores import share_scores
+from cache_hub.eviction.shared_scores import shared_scores
 from cache_hub.memory import RunShape
 from config import EVICTING, ConfigError, RetroInferConfig, with_estimation
 
@@ -174,9 +174,25 @@ def test_stores_are_as_large_as_was_said(strategy: str) -> None:
     for budget in (100, 510, 900):
         settings = RetroInferConfig(eviction={"budget": budget})
         cache = made(strategy, run, budget=budget)
-        (need,) = STRATEGIES[strategy].layer_needs(settings, shape, torch.device("cpu"))
+        need, *scoring = STRATEGIES[strategy].layer_needs(settings, shape, torch.device("cpu"))
+        # 8 rows of 500 tokens and 6 heads, and 2 heads' keys.
+        observed = 4 * 500 * (6 * 8 + 2 * 64)
+        assert [(more.when, more.nbytes) for more in scoring] == (
+            [("build", observed)] if strategy in ("snapkv", "pyramidkv") and budget == 100 else []
+        )
         held = sum(store.nbytes for store in cache._keys + cache._values) / LAYERS
         assert need.nbytes == pytest.approx(held, rel=0.02 if strategy == "pyramidkv" else 0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"score": "direct"}, {"rows": "window"}])
+def test_what_scoring_takes_on_a_gpu_is_counted(changes: dict[str, Any]) -> None:
+    """Of 32 heads of 128 at 32K: within a fifth of what one H200 held, eviction_time_llama_h200.json."""
+    gpu = torch.device("cuda")
+    shape = RunShape((32768,), 5, 32, 8, 128, 4096, torch.bfloat16, (gpu,))
+    settings = RetroInferConfig.model_validate({"circuitkv": changes})
+    _, scoring = STRATEGIES["circuitkv"].layer_needs(settings, shape, gpu)
+    measured = {"direct": 514, "window": 90, None: 528}[next(iter(changes.values()), None)]
+    assert 0.8 * measured <= scoring.nbytes / 2**20 <= measured
 
 
 def test_variants_name_budgets_and_scores() -> None:
@@ -220,14 +236,14 @@ def test_equal_scorers_score_a_prompt_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert scored == {name: len(budgets) * LAYERS * 2 for name in ("snapkv", "h2o")}
     scored.clear()
     together = [made(name, run, budget=budget) for name in ("snapkv", "h2o") for budget in budgets]
-    share_scores(together)
     prompt = max(run.lengths)
-    with torch.inference_mode():  # as a prefill
+    with torch.inference_mode(), shared_scores(together):  # as a prefill
         run.q, run.k, run.v = run.q.clone(), run.k.clone(), run.v.clone()
         for b, layer, cache in itertools.product(range(2), range(LAYERS), together):
             states = (part[layer, b : b + 1, :prompt] for part in (run.q, run.k, run.v))
             cache.prefill_update_kv_cache(*states, layer, b)
     assert scored == {"snapkv": LAYERS * 2, "h2o": LAYERS * 2}
+    assert all(cache.make_scores == cache.scorer.score for cache in together)
     for one, other in zip(alone, together, strict=True):
         for layer, b, head in np.ndindex(LAYERS, 2, run.kv_heads):
             assert places(one, run, layer, b, head) == places(other, run, layer, b, head)
