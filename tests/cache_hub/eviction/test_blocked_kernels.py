@@ -34,8 +34,9 @@ def test_log_sums(device: str, heads: int, kv_heads: int, dim: int, n: int, dtyp
     assert bool((found[1][..., 0] == -torch.inf).all())
 
 
-@pytest.mark.parametrize("starts", [1, 2, 3])
-@pytest.mark.parametrize(("sink_size", "dtype"), [(1, torch.bfloat16), (4, torch.float32), (3, torch.float16)])
+@pytest.mark.parametrize(
+    ("sink_size", "dtype", "starts"), [(1, torch.bfloat16, 1), (4, torch.float32, 3), (3, torch.float16, 2)]
+)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "n"), [shape for shape in SHAPES if shape[3] > 4])
 def test_solve(
     device: str, heads: int, kv_heads: int, dim: int, n: int, sink_size: int, dtype: torch.dtype, starts: int
@@ -86,9 +87,8 @@ def test_received(device: str, heads: int, kv_heads: int, dim: int, n: int, dtyp
     torch.testing.assert_close(found[:, :, 0].cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [1, 64, 100])
+@pytest.mark.parametrize(("window", "bias"), [(1, 0.0), (64, 40.0), (100, 40.0)])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "n"), [(3, 1, 64, 257), (3, 3, 80, 130)])
-@pytest.mark.parametrize("bias", [0.0, 40.0])
 def test_the_last_rows_alone(
     device: str, heads: int, kv_heads: int, dim: int, n: int, window: int, bias: float
 ) -> None:
