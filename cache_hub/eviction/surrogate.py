@@ -60,9 +60,9 @@ def window_chain_scores(
     """`surrogate_chain_scores` [B, H, n] of the attention of the last `window` of query [B, n, H, D] to key
     [B, n, Hkv, D], float32 (float64 for float64).
 
-    With backend "triton" (on CUDA as `blocked_chain_scores`; "auto" takes it where it can be) no row of attention is in memory: one
-    kernel sums the rows, one the columns, plain and weighted by the visits of their rows. Raises ValueError as
-    `surrogate_chain_scores`, for a window that leaves no token before it, and for another backend.
+    With backend "triton" (on CUDA as `blocked_chain_scores`; "auto" takes it where it can be) no row of attention is in
+    memory: one kernel sums the rows, one the columns, plain and weighted by the visits of their rows. Raises ValueError
+    as `surrogate_chain_scores`, for a window that leaves no token before it, and for another backend.
     """
     n, kv_heads, dim = key.shape[1:]
     prefix = n - window
